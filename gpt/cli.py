@@ -1,0 +1,143 @@
+"""Hydra's side of the command line: where conf/ is, resolvers, the gate before anything is created, clear errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from gpt.config import Config, UserError
+from gpt.rules import check, known_keys, suggest
+from gpt.runs import run_name
+
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def conf_dir() -> str:
+    """The folder of configuration groups: ``gpt/conf`` in a wheel, ``conf/`` beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(str(d) for d in (here / "conf", here.parent / "conf") if (d / "config.yaml").is_file())
+
+
+def register() -> None:
+    """Tell Hydra the schema, the resolvers used in conf/, and the gate."""
+    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("cache_dir", _cache_dir, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="hydra/callbacks", name="gate", node={"gate": {"_target_": "gpt.cli.Gate"}})
+
+
+def _cache_dir() -> str:
+    folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("GPT_CACHE") or str(Path(folder) / "gpt")
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    config = job_config(_root_)
+    resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    plain = {str(key): value for key, value in resolved.items()}
+    return run_name(plain, str(_root_.hydra.runtime.choices.get("parallel")))
+
+
+def job_config(composed: DictConfig) -> DictConfig:
+    """The composed configuration without Hydra's own part."""
+    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+
+
+def checked(composed: DictConfig, choices: Any) -> Config:
+    """The typed configuration.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    config, problems = check(composed, dict(choices))
+    if problems or config is None:
+        raise UserError.of(problems)
+    return config
+
+
+class Gate(Callback):
+    """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""
+        from gpt import driver
+
+        try:
+            job = checked(job_config(config), config.hydra.runtime.choices)
+            driver.gate(job, Path(str(config.hydra.run.dir)))
+        except UserError as error:
+            fail(str(error))
+        except CONFIG_ERRORS as error:
+            fail(str(UserError.of([str(error)])))
+
+
+def fail(message: str) -> None:
+    """Say it on standard error and leave with 2: bad input, nothing started."""
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """Why the command line could not be composed: each override is tried alone, so all bad ones are named."""
+    problems = []
+    for override in overrides_of(arguments):
+        try:
+            for single in _expand(override):
+                with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
+                    composed = compose("config", [single], return_hydra_config=True)
+                    with open_dict(composed):
+                        OmegaConf.to_container(job_config(composed), resolve=False)
+        except CONFIG_ERRORS as problem:
+            problems.append(_translate(override, problem))
+    return str(UserError.of(problems or [_first_lines(error)]))
+
+
+def overrides_of(arguments: list[str]) -> list[str]:
+    """The ``key=value`` arguments among those of the command."""
+    from hydra._internal.utils import get_args_parser
+
+    overrides: list[str] = get_args_parser().parse_known_args(arguments)[0].overrides
+    return overrides
+
+
+def _expand(override: str) -> list[str]:
+    """The single overrides of a sweep."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return [override]
+    return [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()]
+
+
+def _translate(override: str, error: Exception) -> str:
+    """Hydra's message in one sentence, with a suggestion."""
+    text = str(error)
+    key = override.lstrip("+~").split("=")[0]
+    if "Could not override" in text or "not in" in text.split("\n")[0]:
+        groups = [p.name for p in Path(conf_dir()).iterdir() if p.is_dir()]
+        return f"unknown key {key}{suggest(key, [*known_keys(), *groups])}"
+    if "Could not find" in text:
+        group = Path(conf_dir()) / key
+        options = sorted(p.stem for p in group.glob("*.yaml"))
+        wanted = override.split("=", 1)[1]
+        return f"{override}: no such {key}{suggest(wanted, options)}; there are {', '.join(options)}"
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        return f"{override}: {str(error.__cause__).splitlines()[0]}"
+    return f"{override}: {_first_lines(error)}"
+
+
+def _first_lines(error: Exception) -> str:
+    cause = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ else ""
+    return " ".join(str(error).split("\n\n")[0].splitlines()[:3]) + cause

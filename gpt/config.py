@@ -1,0 +1,331 @@
+"""The typed schema: every key, its type and its meaning. Values live in ``conf/``.
+
+Neither Hydra nor Paddle is imported here, so a worker can read a job without the one
+and a laptop can plan a 175B run without the other. The rules between fields: ``gpt.rules``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+
+class UserError(Exception):
+    """Bad input: the message is for the user, holds the numbers and the remedy, and needs no traceback.
+
+    Example:
+        >>> str(UserError.of(["a is 3", "b is 4"]))
+        '2 problems, nothing was started:\\n  - a is 3\\n  - b is 4'
+    """
+
+    @classmethod
+    def of(cls, problems: list[str]) -> UserError:
+        """Join all problems of one command into one error."""
+        head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        return cls(f"{head}, nothing was started:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class Task(Enum):
+    """What the command does."""
+
+    pretrain = "pretrain"
+    evaluate = "evaluate"
+    generate = "generate"
+    plan = "plan"
+
+
+class Recompute(Enum):
+    """What is computed again in the backward pass instead of being kept."""
+
+    none = "none"
+    full = "full"  # the whole block
+    full_attn = "full_attn"  # the attention module with its projections
+    core_attn = "core_attn"  # softmax(q k) v only
+
+
+class DType(Enum):
+    """Element type of weights and activations; below fp32, master weights stay fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class DataKind(Enum):
+    """Where tokens come from."""
+
+    stdlib = "stdlib"
+    text = "text"
+    tokens = "tokens"
+    blend = "blend"
+
+
+class Order(Enum):
+    """How samples are drawn from a token set."""
+
+    shuffle = "shuffle"
+    megatron = "megatron"
+
+
+class Split(Enum):
+    """A part of the documents."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+class ScheduleName(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class Resume(Enum):
+    """What to do about earlier work in the run directory."""
+
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+class Device(Enum):
+    """Where the ranks compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+class WandbMode(Enum):
+    """How W&B is reached."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class Model:
+    """Shape of the GPT. ``vocab`` is what the loss sees; the table is padded to 128 x mp_degree rows."""
+
+    name: str = MISSING
+    vocab: int = MISSING
+    hidden: int = MISSING
+    layers: int = MISSING
+    heads: int = MISSING
+    ffn: int = MISSING
+    positions: int = MISSING
+    dropout: float = MISSING
+    attention_dropout: float = MISSING
+    init_std: float = MISSING
+    scale_output_init: bool = MISSING
+    layer_norm_eps: float = MISSING
+    recompute: Recompute = MISSING
+    no_recompute_layers: list[int] = MISSING
+    loss_chunk: int = MISSING
+
+
+@dataclass
+class Parallel:
+    """Degrees; their product is the number of ranks. Replicas = dp_degree x sharding_degree."""
+
+    dp_degree: int = MISSING
+    sharding_degree: int = MISSING
+    sharding_stage: int = MISSING
+    mp_degree: int = MISSING
+    pp_degree: int = MISSING
+    virtual_pp_degree: int = MISSING
+    sequence_parallel: bool = MISSING
+
+
+@dataclass
+class BlendPart:
+    """One set of a blend: the prefix of its token files and its share of the samples."""
+
+    path: str = MISSING
+    weight: float = MISSING
+
+
+@dataclass
+class Data:
+    """What is read. ``split`` are relative shares of the documents."""
+
+    kind: DataKind = MISSING
+    path: str | None = None
+    blend: list[BlendPart] = field(default_factory=list)
+    seq_len: int = MISSING
+    split: list[float] = MISSING
+    order: Order = MISSING
+    mask_eot: bool = MISSING
+    overfit: bool = False  # every step sees the first global batch
+    cache_dir: str = MISSING
+    vocab: int = MISSING
+    extensions: list[str] = MISSING
+    eot_id: int | None = None  # None: what the prepared data says
+    tokenizer: str | None = None  # a tokenizer.json; None: what the prepared data says
+
+
+@dataclass
+class Optimizer:
+    """AdamW with decoupled weight decay (not on biases and LayerNorm) and a global-norm clip."""
+
+    lr: float = MISSING
+    betas: list[float] = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+    clip_norm: float = MISSING
+
+
+@dataclass
+class Schedule:
+    """Learning rate as a function of the step; see ``gpt.optim.lr_at``."""
+
+    name: ScheduleName = MISSING
+    warmup_steps: int = MISSING
+    decay_steps: int = MISSING
+    min_lr: float = MISSING
+
+
+@dataclass
+class Precision:
+    """Element types."""
+
+    dtype: DType = MISSING
+
+
+@dataclass
+class Trainer:
+    """Horizon, batch, and what happens every so many steps (0: only at the end)."""
+
+    max_steps: int = MISSING
+    micro_batch_size: int = MISSING
+    global_batch_size: int | None = MISSING
+    save_every: int = MISSING
+    eval_every: int = MISSING
+    eval_batches: int = MISSING
+    keep_checkpoints: int = MISSING
+    resume: Resume = MISSING
+    log_every: int = MISSING
+
+
+@dataclass
+class Evaluate:
+    """Of ``task=evaluate``."""
+
+    split: Split = MISSING
+    max_batches: int | None = None
+
+
+@dataclass
+class Generate:
+    """Of ``task=generate`` and of the sample that closes a training run."""
+
+    prompt: str = MISSING
+    max_new_tokens: int = MISSING
+    temperature: float = MISSING
+    top_k: int = MISSING
+    top_p: float = MISSING
+    num_samples: int = MISSING
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases."""
+
+    enabled: bool = MISSING
+    project: str = MISSING
+    entity: str | None = None
+    mode: WandbMode = MISSING
+    group: str | None = None
+    init_timeout: int = MISSING
+
+
+@dataclass
+class Logger:
+    """Where records go besides metrics.jsonl."""
+
+    tensorboard: bool = MISSING
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+@dataclass
+class Cluster:
+    """The machine."""
+
+    device: Device = MISSING
+    threads: int | None = None
+
+
+@dataclass
+class Config:
+    """One job, whole."""
+
+    task: Task = MISSING
+    seed: int = MISSING
+    tags: list[str] = MISSING
+    notes: str = MISSING
+    model: Model = field(default_factory=Model)
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data = field(default_factory=Data)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    precision: Precision = field(default_factory=Precision)
+    trainer: Trainer = field(default_factory=Trainer)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    generate: Generate = field(default_factory=Generate)
+    logger: Logger = field(default_factory=Logger)
+    cluster: Cluster = field(default_factory=Cluster)
+
+
+def typed(plain: Any) -> Config:
+    """Turn a resolved plain mapping (a job's ``config``) into dataclasses.
+
+    Args:
+        plain: nested dict or DictConfig with every value present.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: on an unknown key or a wrong type.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The inverse of ``typed``: only str, int, float, bool, None, list and dict, as JSON holds them."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def replicas(config: Config) -> int:
+    """Model replicas that read different samples."""
+    return config.parallel.dp_degree * config.parallel.sharding_degree
+
+
+def world_size(config: Config) -> int:
+    """Number of ranks."""
+    return replicas(config) * config.parallel.mp_degree * config.parallel.pp_degree
+
+
+def global_batch_size(config: Config) -> int:
+    """Samples per step; without a given number, one micro batch per replica."""
+    return config.trainer.global_batch_size or config.trainer.micro_batch_size * replicas(config)
+
+
+def accumulate_steps(config: Config) -> int:
+    """Micro batches that one replica adds up before a step."""
+    return global_batch_size(config) // (config.trainer.micro_batch_size * replicas(config))
+
+
+def padded_vocab(config: Config) -> int:
+    """Rows of the embedding table: ``model.vocab`` rounded up to a multiple of 128 x mp_degree."""
+    unit = 128 * config.parallel.mp_degree
+    return -(-config.model.vocab // unit) * unit

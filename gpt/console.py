@@ -1,0 +1,132 @@
+"""What the driver shows: a header, a live progress bar in a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Display(Protocol):
+    """Where a running job appears. ``live``: it draws the steps itself, workers need not print them."""
+
+    live: bool
+
+    def line(self, text: str) -> None:
+        """A line that rank 0 printed."""
+
+    def records(self, lines: list[str]) -> None:
+        """New lines of ``metrics.jsonl``."""
+
+
+class Console:
+    """Rich in a terminal; in a pipe the same words without colour and without being cut to a width."""
+
+    def __init__(self) -> None:
+        self._rich = RichConsole(highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A sentence."""
+        self._rich.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """A sentence that matters."""
+        self._rich.print(Text(f"WARNING: {text}", style="yellow"))
+
+    def header(self, rows: list[tuple[str, str]]) -> None:
+        """What is about to run, and where things go."""
+        self.table("gpt", rows)
+
+    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Rows of (what, how much)."""
+        if not self._rich.is_terminal:
+            width = max(len(what) for what, _ in rows)
+            self.note(f"== {title} ==")
+            for what, value in rows:
+                self.note(f"{what:<{width}}  {value}")
+            return
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
+        table.add_column(style="cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for what, value in rows:
+            table.add_row(what, Text(value))
+        self._rich.print(table, soft_wrap=False)
+
+    def next_commands(self, commands: list[tuple[str, str]]) -> None:
+        """What to try next."""
+        self.note("next:")
+        for command, why in commands:
+            self._rich.print(Text(f"  {command}", style="green") + Text(f"   # {why}", style="dim"))
+
+    @staticmethod
+    def curve(values: list[float]) -> str:
+        """A line of block characters, the largest value the tallest.
+
+        Example:
+            >>> Console.curve([0.0, 1.0])
+            '▁█'
+        """
+        top = max(values) or 1.0
+        return "".join(BARS[min(len(BARS) - 1, int(value / top * len(BARS)))] for value in values)
+
+    @contextmanager
+    def progress(self, steps: int | None) -> Iterator[Display]:
+        """While a job runs; ``steps`` is the horizon, None for a job without steps."""
+        if steps is None or not self._rich.is_terminal:
+            yield _Plain(self)
+            return
+        columns = (
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._rich, transient=False, expand=True) as bar:
+            yield _Live(bar, bar.add_task("train", total=steps, figures="starting"))
+
+
+class _Plain:
+    live = False
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def line(self, text: str) -> None:
+        self._console.note(text)
+
+    def records(self, lines: list[str]) -> None:
+        """The worker prints its steps itself."""
+
+
+class _Live:
+    live = True
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self._bar = bar
+        self._task = task
+
+    def line(self, text: str) -> None:
+        self._bar.console.print(Text(text))
+
+    def records(self, lines: list[str]) -> None:
+        if not lines:
+            return
+        try:
+            record = json.loads(lines[-1])
+        except ValueError:
+            return
+        figures = f"loss {record['train/loss']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in record:
+            figures += f"  mfu {record['mfu']:.1%}"
+        self._bar.update(self._task, completed=record["step"], figures=figures)

@@ -1,0 +1,1 @@
+"""Text or token files in, samples out."""

@@ -1,0 +1,162 @@
+"""Batches: sample numbers in, token arrays out. The same on every topology."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gpt.config import Config, Order, Split, UserError, global_batch_size
+from gpt.data import order, tokens
+from gpt.data.corpus import Prepared
+from gpt.data.tokens import Array, TokenSet
+
+
+class _Reader(Protocol):
+    """One set's split: sample number to tokens."""
+
+    count: int
+
+    def read(self, i: int, into: Array) -> None:
+        """Put the L + 1 tokens of sample ``i`` (any number >= 0: sets repeat) into ``into``."""
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """``order=shuffle``, or in file order when ``seed`` is None."""
+
+    ids: Array
+    start: int
+    count: int
+    seq_len: int
+    seed: int | None
+
+    def read(self, i: int, into: Array) -> None:
+        epoch, k = divmod(i, self.count)
+        if self.seed is not None:
+            k = int(order.permute(np.array(k), self.count, self.seed, epoch))
+        begin = self.start + k * self.seq_len
+        into[:] = self.ids[begin : begin + self.seq_len + 1]
+
+
+@dataclass(frozen=True)
+class _Megatron:
+    """``order=megatron``: documents and samples shuffled by table."""
+
+    token_set: TokenSet
+    first_document: int
+    index: order.MegatronIndex
+
+    @property
+    def count(self) -> int:
+        return len(self.index.shuffle)
+
+    def read(self, i: int, into: Array) -> None:
+        row, offset = self.index.starts[self.index.shuffle[i % self.count]]
+        filled = 0
+        while filled < len(into):
+            document = self.first_document + int(self.index.documents[row])
+            ends = self.token_set.document_ends
+            begin = (int(ends[document - 1]) if document else 0) + int(offset)
+            piece = self.token_set.ids[begin : min(int(ends[document]), begin + len(into) - filled)]
+            into[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            row, offset = row + 1, 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """int64 ``inputs_BT`` and ``labels_BT``; ``mask_BT`` (float32) is 1 where the loss counts."""
+
+    inputs_BT: Array
+    labels_BT: Array
+    mask_BT: Array
+
+
+class Samples:
+    """All samples of one split of one or several sets.
+
+    Args:
+        config: of the job; reads ``data``, ``seed`` and the batch.
+        prepared: where the token files are.
+        split: which part of the documents.
+        shuffled: False reads the windows in file order, each once, for a whole-split evaluation.
+
+    Raises:
+        UserError: the split holds too few tokens for one sample.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, split: Split, *, shuffled: bool = True) -> None:
+        self.seq_len = config.data.seq_len
+        self.eot_id = prepared.eot_id if config.data.mask_eot else None
+        self.repeat = global_batch_size(config) if config.data.overfit and split is Split.train else None
+        self._readers = [
+            _reader(config, prepared, tokens.load(part.path), split, shuffled) for part in prepared.parts
+        ]
+        self._pattern = order.interleave([part.weight for part in prepared.parts])
+        # rank_before[k, r]: samples of set k among the first r of a period.
+        one_hot = self._pattern[None, :] == np.arange(len(self._readers))[:, None]
+        self._rank_before = np.cumsum(np.pad(one_hot, ((0, 0), (1, 0))), axis=1)
+
+    def __len__(self) -> int:
+        """Samples of one pass over every set."""
+        return sum(reader.count for reader in self._readers)
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each set is gone through in the first ``samples`` samples."""
+        period = len(self._pattern)
+        return [
+            (samples // period * int(ranks[-1]) + int(ranks[samples % period])) / reader.count
+            for ranks, reader in zip(self._rank_before, self._readers, strict=True)
+        ]
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples ``first`` to ``first`` + ``count``.
+
+        Returns:
+            A batch of shape [count, seq_len].
+        """
+        rows = np.empty((count, self.seq_len + 1), dtype=np.int64)
+        for row, number in enumerate(range(first, first + count)):
+            i = number % self.repeat if self.repeat else number
+            turn, r = divmod(i, len(self._pattern))
+            k = int(self._pattern[r])
+            ranks = self._rank_before[k]
+            self._readers[k].read(turn * int(ranks[-1]) + int(ranks[r]), rows[row])
+        inputs = np.ascontiguousarray(rows[:, :-1])
+        mask = np.ones(inputs.shape, dtype=np.float32)
+        if self.eot_id is not None:
+            mask[inputs == self.eot_id] = 0.0
+        return Batch(inputs, np.ascontiguousarray(rows[:, 1:]), mask)
+
+
+def _reader(config: Config, prepared: Prepared, token_set: TokenSet, split: Split, shuffled: bool) -> _Reader:
+    bounds = tokens.split_bounds(token_set.documents, config.data.split)
+    number = list(Split).index(split)
+    first, last = bounds[number], bounds[number + 1]
+    ends = token_set.document_ends
+    start = int(ends[first - 1]) if first else 0
+    stop = int(ends[last - 1]) if last > first else start
+    count = order.windows(stop - start, config.data.seq_len)
+    if count == 0:
+        raise UserError(
+            f"{token_set.prefix}: the {split.value} split has {last - first:,} of {token_set.documents:,} documents "
+            f"and {stop - start:,} tokens, too few for one sample of data.seq_len={config.data.seq_len} + 1 tokens: "
+            f"give more text, change data.split={config.data.split} or lower data.seq_len"
+        )
+    if not shuffled or config.data.order is Order.shuffle:
+        return _Windows(token_set.ids, start, count, config.data.seq_len, config.seed if shuffled else None)
+    batches = config.trainer.max_steps if split is Split.train else config.trainer.eval_batches
+    lengths = np.diff(ends[first:last], prepend=start)
+    index = order.cached_megatron_index(
+        Path(config.data.cache_dir),
+        token_set.fingerprint(),
+        (first, last),
+        lengths,
+        config.data.seq_len,
+        batches * global_batch_size(config),
+        config.seed,
+    )
+    return _Megatron(token_set, first, index)

@@ -1,0 +1,126 @@
+"""Token files in the published format, memory-mapped: ``{prefix}_ids.npy`` and ``{prefix}_idx.npz``.
+
+``ids`` is one row of token numbers (uint16 when the vocabulary fits, else int32), ``lens`` (int32) the tokens
+of each sentence and ``docs`` (int64, documents + 1) the number of sentences before each document; without
+sentence splitting a sentence is a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt.config import UserError
+
+Array = npt.NDArray[Any]
+SCAN_BLOCK = 1 << 24  # tokens looked at together; bounds the memory of a scan
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """One prepared set. ``document_ends`` (int64) are positions in ``ids`` after each document."""
+
+    prefix: str
+    ids: Array
+    document_ends: Array
+
+    @property
+    def documents(self) -> int:
+        """Number of documents."""
+        return len(self.document_ends)
+
+    def fingerprint(self) -> str:
+        """Identity of the content, from the document lengths and 64 blocks spread over the tokens.
+
+        Reading every byte of a large corpus at each start would cost minutes; this costs milliseconds and
+        sees a re-made corpus, another tokenizer and other documents.
+        """
+        digest = hashlib.sha256(f"{self.ids.dtype} {len(self.ids)}".encode())
+        digest.update(np.ascontiguousarray(self.document_ends).data)
+        for start in np.linspace(0, max(len(self.ids) - 2048, 0), 64, dtype=np.int64):
+            digest.update(np.ascontiguousarray(self.ids[start : start + 2048]).data)
+        return digest.hexdigest()[:16]
+
+    def largest_id(self) -> int:
+        """The largest token number, block by block (0.05 s for 300M tokens)."""
+        starts = range(0, len(self.ids), SCAN_BLOCK)
+        return max(int(self.ids[start : start + SCAN_BLOCK].max()) for start in starts)
+
+
+def paths_of(prefix: str) -> tuple[Path, Path]:
+    """The two files of a set."""
+    return Path(f"{prefix}_ids.npy"), Path(f"{prefix}_idx.npz")
+
+
+def prefixes_at(path: str) -> list[str]:
+    """Prefixes that ``path`` may mean: itself, or every set of a folder.
+
+    Example:
+        >>> prefixes_at("/nowhere/corpus")
+        ['/nowhere/corpus']
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return sorted(str(p)[: -len("_idx.npz")] for p in folder.glob("*_idx.npz"))
+    for ending in ("_ids.npy", "_idx.npz"):
+        path = path.removesuffix(ending)
+    return [path]
+
+
+def load(prefix: str) -> TokenSet:
+    """Open a set; the tokens stay on disk.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two do not belong together.
+    """
+    ids_path, idx_path = paths_of(prefix)
+    absent = [str(p) for p in (ids_path, idx_path) if not p.is_file()]
+    if absent:
+        raise UserError(f"no such token file: {' and '.join(absent)}")
+    try:
+        ids = np.load(ids_path, mmap_mode="r", allow_pickle=False)
+        with np.load(idx_path, allow_pickle=False) as index:
+            lens = index["lens"].astype(np.int64)
+            docs = index["docs"].astype(np.int64) if "docs" in index else np.arange(len(lens) + 1)
+    except Exception as error:  # numpy raises ValueError, OSError, EOFError, KeyError, BadZipFile
+        raise UserError(f"{prefix}: the token files are damaged ({error}); prepare or copy them again") from error
+    problem = _damage(ids, lens, docs)
+    if problem:
+        raise UserError(f"{prefix}: {problem}; prepare or copy the token files again")
+    ends = np.concatenate([[0], np.cumsum(lens)])[docs[1:]]
+    return TokenSet(prefix, ids, ends)
+
+
+def _damage(ids: Array, lens: Array, docs: Array) -> str | None:
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        return f"the ids are {ids.dtype} of shape {ids.shape}, not one row of integers"
+    if len(ids) == 0:
+        return "there are no tokens"
+    if lens.min(initial=0) < 0 or lens.sum() != len(ids):
+        return f"the lengths add up to {lens.sum():,} tokens, but there are {len(ids):,}"
+    if len(docs) < 2 or docs[0] != 0 or docs[-1] != len(lens) or (np.diff(docs) < 0).any():
+        return f"the document boundaries do not cover the {len(lens):,} lengths"
+    return None
+
+
+def split_bounds(documents: int, shares: list[float]) -> list[int]:
+    """First document of each split, and the end: Megatron's rule.
+
+    Shares are normalised, cumulated and rounded; what rounding added too much is taken off every boundary
+    but the first.
+
+    Example:
+        >>> split_bounds(1000, [949, 50, 1])
+        [0, 949, 999, 1000]
+    """
+    total = sum(shares)
+    bounds = [0]
+    for share in shares:
+        bounds.append(bounds[-1] + round(share / total * documents))
+    excess = bounds[-1] - documents
+    return [0, *(max(0, bound - excess) for bound in bounds[1:])]

@@ -1,0 +1,218 @@
+"""The process that the user starts: check, prepare, plan, launch, show, and sum up. No Paddle here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpt import plan, runs
+from gpt.config import Config, Task, UserError, world_size
+from gpt.console import Console
+from gpt.data import corpus
+from gpt.files import Lock
+from gpt.guard import BAD_INPUT, FAILED
+from gpt.optim import lr_at
+from gpt.runs import Job
+from gpt.topology import unsupported
+from launchers import host, local
+
+PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
+
+
+class JobFailed(Exception):
+    """A started job did not end well; ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def gate(config: Config, run_dir: Path) -> None:
+    """Everything that can be known to be wrong before anything is created.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    if config.task is Task.plan:
+        return
+    problems = unsupported(config) + host.problems(config)
+    if config.task is Task.pretrain:
+        problems += corpus.check(config)
+    else:
+        _trained(config, run_dir)
+    if problems:
+        raise UserError.of(problems)
+
+
+def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
+    """Do the task; returns the validation loss for a sweeper to minimise.
+
+    Raises:
+        UserError: bad input; nothing was started.
+        JobFailed: with the exit code.
+    """
+    console = Console()
+    for line in host.warnings():
+        console.warn(line)
+    if config.task is Task.plan:
+        show_plan(config, console)
+        return None
+    config.cluster.device = host.resolve_device(config)
+    if config.task is not Task.pretrain:
+        return _on_trained_run(config, run_dir, overrides, console)
+    return _pretrain(config, run_dir, overrides, console)
+
+
+def show_plan(config: Config, console: Console) -> None:
+    """Print what the run would need, and its learning rate."""
+    rows = plan.summary(config)
+    schedule, peak, last = config.schedule, config.optimizer.lr, config.trainer.max_steps
+    marks = sorted({1, max(1, schedule.warmup_steps), last // 4, last // 2, 3 * last // 4, last} - {0})
+    rates = ", ".join(f"{lr_at(step, peak, schedule):.3g} at {step:,}" for step in marks if step <= last)
+    rows.append(("learning rate", rates))
+    rows.append(("", console.curve([lr_at(1 + i * (last - 1) // 59, peak, schedule) for i in range(60)])))
+    rows += [("cannot run", problem) for problem in unsupported(config)]
+    console.table(f"plan: {config.model.name}", rows)
+
+
+def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:
+    data = corpus.prepare(config, console.note)
+    with _locked(run_dir, console) as lock:
+        decision = runs.decide(run_dir, config, data)
+        if decision.aside:
+            os.rename(run_dir, decision.aside)
+            run_dir.mkdir(parents=True)
+        for message in decision.messages:
+            console.note(message)
+        if not decision.start:
+            result = runs.read_result(run_dir)
+            return result.get("val/loss") if result else None
+        job = Job(config, data, run_dir.resolve(), _command(overrides))
+        job.write()
+        console.header(_header(job))
+        _launch(job, run_dir / "job.json", console, lock)
+    return _sum_up(job, console)
+
+
+def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console: Console) -> None:
+    job = _trained(config, run_dir)
+    if any(o.lstrip("+").startswith(("data=", "data.")) for o in overrides):
+        problems = corpus.check(config)
+        if problems:
+            raise UserError.of(problems)
+        job = dataclasses.replace(job, data=corpus.prepare(config, console.note))
+        job.config.data = config.data
+    (run_dir / "logs").mkdir(exist_ok=True)
+    file = run_dir / "logs" / f"{config.task.value}.json"
+    dataclasses.replace(job, command=_command(overrides)).write(file)
+    _launch(job, file, console, None)
+
+
+def _trained(config: Config, run_dir: Path) -> Job:
+    """The trained run's own job, with this command's task and its settings put in."""
+    job = Job.read(run_dir)
+    if not runs.checkpoint_steps(run_dir):
+        raise UserError(f"{run_dir}: no checkpoint yet; train first (the same command without task=)")
+    for name in ("task", "evaluate", "generate", "cluster", "precision"):
+        setattr(job.config, name, getattr(config, name))
+    return job
+
+
+@contextmanager
+def _locked(run_dir: Path, console: Console) -> Iterator[Lock]:
+    """One job per run directory. The lock is beside it, so that the directory can be moved aside."""
+    lock = Lock(run_dir.resolve().with_name(f".{run_dir.name}.lock"))
+    if not lock.acquire():
+        console.note(f"{run_dir} is in use; waiting up to {PATIENCE_SECONDS:.0f} s for its workers to end")
+        if not lock.acquire(PATIENCE_SECONDS):
+            raise UserError(f"{run_dir} is in use by another process; wait, stop it, or choose another hydra.run.dir")
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
+    """Run the workers; their lines and records appear as they come.
+
+    Raises:
+        JobFailed: a worker ended with anything but 0.
+    """
+    training = job.config.task is Task.pretrain
+    records = local.Tail(job.run_dir / "metrics.jsonl")
+    with console.progress(job.config.trainer.max_steps if training else None) as progress:
+        outcome = local.run_workers(
+            ["-m", "gpt.worker", str(job.run_dir), str(file)],
+            world_size(job.config),
+            job.run_dir / "logs",
+            local.environment(job.config, world_size(job.config), live=progress.live),
+            show=progress.line,
+            poll=lambda: progress.records(records.lines()),
+            hand_over=(lock.descriptor,) if lock else (),
+        )
+    if outcome.code == 0:
+        return
+    if outcome.code == BAD_INPUT:
+        raise JobFailed("", BAD_INPUT)
+    if outcome.code < 0:
+        name = local.signal.Signals(-outcome.code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        last = "\n".join(f"  | {line}" for line in outcome.last_lines)
+        message = f"worker {outcome.rank} was ended by {name}{hint}; the same command goes on from the last checkpoint"
+        raise JobFailed(f"{message}\n{last}", FAILED)
+    where = job.run_dir / "logs" / f"worker.{outcome.rank}.log"
+    raise JobFailed(f"worker {outcome.rank} ended with exit code {outcome.code}; its log: {where}", outcome.code)
+
+
+def _header(job: Job) -> list[tuple[str, str]]:
+    config = job.config
+    rows = dict(plan.summary(config))
+    entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
+    threads = config.cluster.threads or host.cores()
+    device = f"{config.cluster.device.value}, {config.precision.dtype.value}"
+    shape = f"{config.model.layers} layers x {config.model.hidden}, {rows['parameters']} parameters"
+    return [
+        ("device", f"{device}, {threads} threads" if config.cluster.device.value == "cpu" else device),
+        ("model", f"{config.model.name}: {shape}"),
+        ("data", f"{config.data.kind.value}: {job.data.tokens:,} tokens{entropy}"),
+        ("batch", rows["batch"]),
+        ("horizon", rows["horizon"]),
+        ("first loss", rows["first loss"]),
+        ("run", str(_short(job.run_dir))),
+    ]
+
+
+def _sum_up(job: Job, console: Console) -> float | None:
+    from gpt import report
+
+    result = runs.read_result(job.run_dir) or {}
+    picture = report.loss_curve(job.run_dir, job.config, job.data.unigram_entropy)
+    rows = [(key, f"{value:,.4f}" if isinstance(value, float) else f"{value}") for key, value in result.items()]
+    rows.append(("loss curve", str(_short(picture))))
+    console.table("done", rows)
+    command, more = "python -m gpt.main", 2 * job.config.trainer.max_steps
+    run = f"hydra.run.dir={shlex.quote(str(_short(job.run_dir)))}"
+    console.next_commands(
+        [
+            (f"{command} task=generate {run} generate.prompt='import '", "continue a prompt"),
+            (f"{command} task=evaluate {run} evaluate.split=test", "measure on the test split"),
+            (f"{shlex.join(job.command)} {run} trainer.max_steps={more}", "train on"),
+            (f"{command} task=plan model=1.3b parallel=dp8", "what would a bigger model need?"),
+        ]
+    )
+    value = result.get("val/loss")
+    return float(value) if value is not None else None
+
+
+def _short(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _command(overrides: list[str]) -> list[str]:
+    return ["python", "-m", "gpt.main", *overrides]
+

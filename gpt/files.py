@@ -1,0 +1,122 @@
+"""Files that are either whole or not there: write beside, flush to disk, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TEMPORARY = ".tmp-"  # prefix of what is not finished; safe to delete when nobody holds the lock
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside ``path`` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``; after a crash or a full disk the former content is still there."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_atomic`` for JSON."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; on success its files are flushed and it takes that name.
+
+    An exception (a full disk, Ctrl-C) leaves nothing behind. If ``path`` appeared meanwhile it is kept
+    and ours is dropped: both were made from the same inputs.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        sync_directory(temporary)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+        sync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a folder so that a crash half-way never leaves something that looks like it."""
+    doomed = path.with_name(f"{TEMPORARY}{path.name}-doomed-{os.getpid()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a crash left unfinished in ``folder``."""
+    for path in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class Lock:
+    """An advisory lock on a file, held until the last process that inherited it is gone.
+
+    ``flock`` rather than a library, for the one property that matters here: the descriptor is handed to
+    the workers, so the run stays locked if its driver is killed while they are still saving.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = -1
+
+    def acquire(self, patience: float = 0.0) -> bool:
+        """Try for ``patience`` seconds; whether we hold it now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(self.descriptor)
+                    self.descriptor = -1
+                    return False
+                time.sleep(0.05)
+            else:
+                return True
+
+    def release(self) -> None:
+        """Let go; workers that inherited the descriptor keep the lock."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

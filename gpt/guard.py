@@ -1,0 +1,53 @@
+"""What may end a run early, in one place: a signal, or numbers that are no longer numbers."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from types import FrameType
+
+DONE, FAILED, BAD_INPUT, GUARD = 0, 1, 2, 3
+
+
+class GuardError(Exception):
+    """The run must stop before its weights are harmed; the message says why and what to try."""
+
+
+class Signals:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
+            sys.exit(128 + number)
+        self.received = signal.Signals(number)
+
+    @property
+    def exit_code(self) -> int:
+        """143 or 130, by the shell's convention."""
+        return 128 + (self.received or 0)
+
+
+def require_finite(step: int, loss: float, grad_norm: float | None) -> None:
+    """Stop before the optimizer sees a loss or gradient that is not finite.
+
+    Args:
+        step: being computed.
+        loss: mean over the global batch.
+        grad_norm: None if overflow is expected and handled (dynamic loss scaling).
+
+    Raises:
+        GuardError: with the step and what to try.
+    """
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if value is not None and not math.isfinite(value):
+            raise GuardError(
+                f"the {name} is {value} at step {step:,}; the weights were not touched. "
+                "Try a lower optimizer.lr, a longer schedule.warmup_steps, optimizer.clip_norm=1.0 or "
+                "precision=fp32; the same command goes on from the last checkpoint"
+            )

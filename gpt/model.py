@@ -1,0 +1,198 @@
+"""The GPT: pre-LN blocks, tanh-GELU, learned positions, head tied to the embedding.
+
+Shapes are in names: B batch, T positions, H hidden, N heads, D head size (H = N D), F ffn, V vocabulary.
+The maths is GPT-2's (Radford et al., 2019). The columns of the fused qkv belong together by head (q_j k_j v_j),
+so that a split of the columns is a split of the heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import paddle
+from paddle import Tensor, nn
+from paddle.distributed.fleet.utils import recompute
+from paddle.nn import functional as F
+
+from gpt import ops
+from gpt.config import Config, Recompute, padded_vocab
+from gpt.topology import Topology, initial_value
+
+Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values so far, BTND each
+
+
+class Attention(nn.Layer):
+    """Causal self-attention with fused projections."""
+
+    def __init__(self, config: Config, topology: Topology, recompute_core: bool) -> None:
+        super().__init__()
+        m = config.model
+        self.heads = m.heads // topology.parallel.mp_degree
+        self.size = m.hidden // m.heads
+        self.dropout = m.attention_dropout
+        self.recompute_core = recompute_core
+        self.qkv = topology.column_linear(m.hidden, 3 * m.hidden)
+        self.out = topology.row_linear(m.hidden, m.hidden)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Attend to all earlier positions; returns BTH before the residual sum."""
+        B, T, _ = x_BTH.shape
+        qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
+        dropout = self.dropout if self.training else 0.0
+        if self.recompute_core and self.training:
+            mixed_BTND = recompute(ops.causal_attention, qkv_BTNE, dropout)
+        else:
+            mixed_BTND = ops.causal_attention(qkv_BTNE, dropout)
+        return self.out(mixed_BTND.reshape([B, T, self.heads * self.size]))
+
+    def step(self, x_BTH: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The same for new positions after ``past`` ones, without dropout; returns the longer past too."""
+        B, T, _ = x_BTH.shape
+        qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
+        q, k, v = paddle.split(qkv_BTNE, 3, axis=-1)
+        if past is not None:
+            k, v = paddle.concat([past[0], k], axis=1), paddle.concat([past[1], v], axis=1)
+        mixed_BTND = ops.attention_after(q, k, v)
+        return self.out(mixed_BTND.reshape([B, T, self.heads * self.size])), (k, v)
+
+
+class Block(nn.Layer):
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch with dropout at its end."""
+
+    def __init__(self, config: Config, topology: Topology, number: int) -> None:
+        super().__init__()
+        m = config.model
+        exempt = number in m.no_recompute_layers
+        self.recompute = Recompute.none if exempt else m.recompute
+        self.dropout = m.dropout
+        self.norm1 = nn.LayerNorm(m.hidden, epsilon=m.layer_norm_eps)
+        self.attention = Attention(config, topology, self.recompute is Recompute.core_attn)
+        self.norm2 = nn.LayerNorm(m.hidden, epsilon=m.layer_norm_eps)
+        self.fc1 = topology.column_linear(m.hidden, m.ffn)
+        self.fc2 = topology.row_linear(m.ffn, m.hidden)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """One block on BTH, recomputed in the backward pass as configured."""
+        if self.recompute is Recompute.full and self.training:
+            out: Tensor = recompute(self._block, x_BTH)
+            return out
+        return self._block(x_BTH)
+
+    def _block(self, x_BTH: Tensor) -> Tensor:
+        normed = self.norm1(x_BTH)
+        if self.recompute is Recompute.full_attn and self.training:
+            mixed = recompute(self.attention, normed)
+        else:
+            mixed = self.attention(normed)
+        x_BTH = x_BTH + ops.dropout(mixed, self.dropout, self.training)
+        return x_BTH + ops.dropout(self._mlp(self.norm2(x_BTH)), self.dropout, self.training)
+
+    def _mlp(self, x_BTH: Tensor) -> Tensor:
+        return self.fc2(ops.gelu(self.fc1(x_BTH)))
+
+    def step(self, x_BTH: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Inference on new positions after ``past`` ones."""
+        mixed, past = self.attention.step(self.norm1(x_BTH), past)
+        x_BTH = x_BTH + mixed
+        return x_BTH + self._mlp(self.norm2(x_BTH)), past
+
+
+class GPT(nn.Layer):
+    """The whole model.
+
+    Args:
+        config: of the job; reads ``model``, ``parallel`` and ``seed``.
+        topology: of this rank; gives the linears.
+
+    Example:
+        >>> model = GPT(config, topology)                               # doctest: +SKIP
+        >>> loss = model.loss(inputs_BT, labels_BT, mask_BT, count)     # doctest: +SKIP
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__()
+        m = config.model
+        self.config = config
+        self.vocab, self.padding = m.vocab, padded_vocab(config) - m.vocab
+        self.word = topology.embedding(padded_vocab(config), m.hidden)
+        self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+        self.layers = nn.LayerList([Block(config, topology, i) for i in range(m.layers)])
+        self.norm = nn.LayerNorm(m.hidden, epsilon=m.layer_norm_eps)
+
+    def logical_parameters(self) -> dict[str, Tensor]:
+        """Parameters by the names that checkpoints, initial values and decay rules use."""
+        return dict(self.named_parameters())
+
+    def initialise(self) -> None:
+        """Matrices and tables N(0, init_std), projections into the residual stream as configured, the rest as is."""
+        for name, p in self.logical_parameters().items():
+            if name.endswith(".weight") and ".norm" not in f".{name}":
+                p.set_value(initial_value(self.config.seed, name, list(p.shape), self._init_std(name)))
+
+    def _init_std(self, name: str) -> float:
+        m = self.config.model
+        into_residual = name.endswith((".out.weight", ".fc2.weight"))
+        return m.init_std / math.sqrt(2 * m.layers) if into_residual and m.scale_output_init else m.init_std
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Final hidden states BTH of int64 tokens BT."""
+        x_BTH = self._embed(tokens_BT, 0)
+        for block in self.layers:
+            x_BTH = block(x_BTH)
+        return self.norm(x_BTH)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits BTV; those of padding rows are -1e9."""
+        return self._head(self.hidden(tokens_BT))
+
+    def loss(self, tokens_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, count: float) -> Tensor:
+        """Sum of the cross entropies where ``mask_BT`` is 1, divided by ``count``: a scalar, in float32.
+
+        Args:
+            tokens_BT: int64 inputs.
+            labels_BT: int64, the inputs shifted by one.
+            mask_BT: float32.
+            count: counted positions of the whole global batch, so that micro batches add up to its mean.
+        """
+        x_MH = self.hidden(tokens_BT).reshape([-1, self.config.model.hidden])
+        labels_M, mask_M = labels_BT.flatten(), mask_BT.flatten() / count
+        chunk = self.config.model.loss_chunk
+        if not chunk or chunk >= x_MH.shape[0]:
+            return self._sum_loss(x_MH, labels_M, mask_M)
+        total = paddle.zeros([])
+        for begin in range(0, x_MH.shape[0], chunk):
+            part = slice(begin, begin + chunk)
+            total = total + recompute(self._sum_loss, x_MH[part], labels_M[part], mask_M[part])
+        return total
+
+    def _sum_loss(self, x_MH: Tensor, labels_M: Tensor, weight_M: Tensor) -> Tensor:
+        logits_MV = self._head(x_MH).astype("float32")
+        each = F.cross_entropy(logits_MV, labels_M, reduction="none")
+        return (each * weight_M).sum()
+
+    def _head(self, x: Tensor) -> Tensor:
+        logits = paddle.matmul(x, self.word.weight, transpose_y=True)
+        if self.padding:
+            real = paddle.zeros([self.vocab], dtype=logits.dtype)
+            logits = logits + paddle.concat([real, paddle.full([self.padding], -1e9, dtype=logits.dtype)])
+        return logits
+
+    def _embed(self, tokens_BT: Tensor, start: int) -> Tensor:
+        positions_T = paddle.arange(start, start + tokens_BT.shape[1], dtype="int64")
+        x_BTH = self.word(tokens_BT) + self.position(positions_T)
+        return ops.dropout(x_BTH, self.config.model.dropout, self.training)
+
+    def step(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Logits BV after the last of some new tokens, and the longer cache: incremental decoding.
+
+        Args:
+            tokens_BT: the new tokens; the whole prompt with ``cache`` None.
+            cache: of the former call; it grows by T positions.
+        """
+        x_BTH = self._embed(tokens_BT, cache[0][0].shape[1] if cache else 0)
+        longer: Cache = []
+        for i, block in enumerate(self.layers):
+            x_BTH, past = block.step(x_BTH, cache[i] if cache else None)
+            longer.append(past)
+        return self._head(self.norm(x_BTH[:, -1])), longer
+

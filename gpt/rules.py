@@ -1,0 +1,247 @@
+"""The rules between fields. Every problem of a command is found at once and says its remedy.
+
+Pure: no Hydra, no Paddle, no file is opened. What depends on this machine is in ``launchers.host``,
+what depends on data files in ``gpt.data``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from gpt import config as schema
+from gpt.config import Config, DataKind, Recompute, global_batch_size, replicas
+
+BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
+
+
+def check(composed: DictConfig, choices: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """Check a composed configuration against the schema and the rules.
+
+    Args:
+        composed: what Hydra composed, without its ``hydra`` node; interpolations may be unresolved.
+        choices: the option chosen for each config group (``hydra.runtime.choices``).
+
+    Returns:
+        The typed configuration (None if it cannot be typed) and all problems found.
+    """
+    problems = group_problems(choices)
+    missing = sorted(OmegaConf.missing_keys(composed))
+    problems += [f"{key} has no value: give one with {key}=..." for key in missing]
+    plain = OmegaConf.to_container(composed, resolve=not missing, enum_to_str=True)
+    assert isinstance(plain, dict)
+    problems += unknown_keys(plain)
+    if missing or any(choices.get(group) is None for group in _required_groups()):
+        return None, problems
+    config = schema.typed(plain)
+    return config, problems + rule_problems(config)
+
+
+def known_keys(of: type = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys of the schema, sections included."""
+    hints = typing.get_type_hints(of)
+    for field in dataclasses.fields(of):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from known_keys(hints[field.name], f"{prefix}{field.name}.")
+
+
+def suggest(key: str, among: list[str]) -> str:
+    """' (did you mean X?)', or nothing if nothing is near.
+
+    Example:
+        >>> suggest("trainer.max_step", ["trainer.max_steps", "seed"])
+        ' (did you mean trainer.max_steps?)'
+    """
+    near = difflib.get_close_matches(key, among, n=1, cutoff=0.6)
+    if not near:
+        leaf = key.rsplit(".", 1)[-1]
+        near = [k for k in among if k.rsplit(".", 1)[-1] == leaf][:1]
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def unknown_keys(plain: dict[Any, Any]) -> list[str]:
+    """Find what '+key=value' smuggled in; the strays are removed from ``plain``."""
+    known = list(known_keys())
+    problems: list[str] = []
+
+    def walk(node: dict[Any, Any], prefix: str) -> None:
+        for key in list(node):
+            name = f"{prefix}{key}"
+            if name not in known:
+                problems.append(f"unknown key {name}{suggest(name, known)}")
+                del node[key]
+            elif isinstance(node[key], dict):
+                walk(node[key], f"{name}.")
+
+    walk(plain, "")
+    return problems
+
+
+def _required_groups() -> list[str]:
+    groups = (f.name for f in dataclasses.fields(Config))
+    return [g for g in groups if g not in ("seed", "tags", "notes", "evaluate", "generate")]
+
+
+def group_problems(choices: dict[str, Any]) -> list[str]:
+    """A group that '~group' removed, or for which a list was given."""
+    problems = []
+    for group in _required_groups():
+        if choices.get(group) is None:
+            problems.append(f"no option of the group {group} is chosen: choose one with {group}=...")
+    return problems
+
+
+def rule_problems(config: Config) -> list[str]:
+    """All violations of rules between fields, each a sentence with the numbers and the remedy."""
+    return [
+        *_ranges(config),
+        *_model(config),
+        *_parallel(config),
+        *_batch(config),
+        *_data(config),
+    ]
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    """Single values out of their range."""
+    at_least = {
+        "model.vocab": 2, "model.hidden": 1, "model.layers": 1, "model.heads": 1, "model.ffn": 1,
+        "model.positions": 1, "model.loss_chunk": 0,
+        "parallel.dp_degree": 1, "parallel.sharding_degree": 1, "parallel.mp_degree": 1,
+        "parallel.pp_degree": 1, "parallel.virtual_pp_degree": 1,
+        "data.seq_len": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+        "schedule.warmup_steps": 0, "schedule.decay_steps": 1, "schedule.min_lr": 0,
+        "trainer.max_steps": 1, "trainer.micro_batch_size": 1, "trainer.global_batch_size": 1,
+        "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
+        "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
+        "generate.max_new_tokens": 1, "generate.temperature": 0, "generate.top_k": 0,
+        "generate.num_samples": 1, "cluster.threads": 1, "seed": 0,
+    }  # fmt: skip
+    for key, low in at_least.items():
+        value = _get(config, key)
+        if value is not None and not value >= low:
+            yield f"{key}={value}: must be at least {low}"
+    for key in ("model.dropout", "model.attention_dropout"):
+        if not 0 <= _get(config, key) < 1:
+            yield f"{key}={_get(config, key)}: a probability from 0 up to but not including 1"
+    for key in ("model.init_std", "model.layer_norm_eps", "optimizer.lr", "optimizer.eps"):
+        if not 0 < _get(config, key) < float("inf"):
+            yield f"{key}={_get(config, key)}: must be more than 0"
+    if not 0 < config.generate.top_p <= 1:
+        yield f"generate.top_p={config.generate.top_p}: from more than 0 up to 1 (1: off)"
+    if not config.generate.prompt:
+        yield "generate.prompt is empty: there must be something to continue"
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        yield f"optimizer.betas={betas}: two numbers from 0 up to but not including 1"
+    if config.schedule.min_lr > config.optimizer.lr:
+        yield f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={config.optimizer.lr}"
+    if config.schedule.warmup_steps > config.schedule.decay_steps and config.schedule.name.value == "cosine":
+        yield (
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is more than "
+            f"schedule.decay_steps={config.schedule.decay_steps}"
+        )
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.heads >= 1 and model.hidden % model.heads:
+        yield (
+            f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}: "
+            f"try model.heads={_nearest_divisor(model.hidden, model.heads)}"
+        )
+    stray = [i for i in model.no_recompute_layers if not 0 <= i < model.layers]
+    if stray:
+        yield f"model.no_recompute_layers={stray}: layers are numbered 0 to {model.layers - 1}"
+    if model.no_recompute_layers and model.recompute is Recompute.none:
+        yield "model.no_recompute_layers says which layers are exempt, but model.recompute=none"
+    if config.data.seq_len > model.positions:
+        yield (
+            f"data.seq_len={config.data.seq_len} is longer than model.positions={model.positions}: "
+            f"set data.seq_len={model.positions} or raise model.positions"
+        )
+
+
+def _parallel(config: Config) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    mp, pp, vpp = parallel.mp_degree, parallel.pp_degree, parallel.virtual_pp_degree
+    if min(mp, pp, vpp, parallel.sharding_degree, parallel.dp_degree) < 1:
+        return  # said by _ranges
+    for name in ("heads", "ffn"):
+        if getattr(model, name) % mp:
+            yield f"model.{name}={getattr(model, name)} is not divisible by parallel.mp_degree={mp}"
+    if model.layers % (pp * vpp):
+        yield (
+            f"model.layers={model.layers} is not divisible by parallel.pp_degree x "
+            f"parallel.virtual_pp_degree = {pp} x {vpp} = {pp * vpp}"
+        )
+    if vpp > 1 and pp <= 2:
+        yield f"parallel.virtual_pp_degree={vpp} needs parallel.pp_degree of at least 3, not {pp}"
+    if parallel.sequence_parallel and mp == 1:
+        yield "parallel.sequence_parallel=true needs parallel.mp_degree of at least 2"
+    if parallel.sequence_parallel and config.data.seq_len % mp:
+        yield (
+            f"parallel.sequence_parallel: data.seq_len={config.data.seq_len} is not divisible by mp_degree={mp}"
+        )
+    if parallel.sharding_stage not in (1, 2, 3):
+        yield f"parallel.sharding_stage={parallel.sharding_stage}: 1, 2 or 3"
+    elif parallel.sharding_stage > 1 and pp > 1:
+        yield f"parallel.sharding_stage={parallel.sharding_stage} does not go with pp_degree={pp}: use stage 1"
+    elif parallel.sharding_stage > 2 and mp > 1:
+        yield f"parallel.sharding_stage=3 does not go with mp_degree={mp}: use stage 1 or 2"
+
+
+def _batch(config: Config) -> Iterator[str]:
+    trainer, parallel = config.trainer, config.parallel
+    unit = trainer.micro_batch_size * replicas(config)
+    if unit < 1:
+        return  # said by _ranges
+    total = global_batch_size(config)
+    if total % unit:
+        below, above = total // unit * unit, -(-total // unit) * unit
+        yield (
+            f"trainer.global_batch_size={total} is not divisible by trainer.micro_batch_size x replicas = "
+            f"{trainer.micro_batch_size} x {replicas(config)} = {unit}: "
+            f"try {' or '.join(str(n) for n in (below, above) if n)}"
+        )
+    elif parallel.virtual_pp_degree > 1 and (total // unit) % parallel.pp_degree:
+        yield (
+            f"virtual pipeline: {total // unit} accumulate steps are not divisible by "
+            f"parallel.pp_degree={parallel.pp_degree}"
+        )
+
+
+def _data(config: Config) -> Iterator[str]:
+    data = config.data
+    if len(data.split) != 3 or min(data.split, default=0) < 0 or not data.split[0] > 0:
+        yield f"data.split={data.split}: three shares (train, validation, test), none negative, train above 0"
+    if data.kind in (DataKind.stdlib, DataKind.text) and not BYTE_ALPHABET < data.vocab <= config.model.vocab:
+        yield (
+            f"data.vocab={data.vocab}: a byte-level BPE needs at least {BYTE_ALPHABET + 1} tokens "
+            f"and at most model.vocab={config.model.vocab}"
+        )
+    if data.kind is DataKind.blend and not data.blend:
+        yield "data.blend is empty: 'data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]'"
+    for part in data.blend:
+        if not 0 < part.weight < float("inf"):
+            yield f"data.blend: {part.path} has weight {part.weight}, which must be more than 0"
+    if data.eot_id is not None and not 0 <= data.eot_id < config.model.vocab:
+        yield f"data.eot_id={data.eot_id} is outside the vocabulary of model.vocab={config.model.vocab} tokens"
+
+
+def _nearest_divisor(of: int, near: int) -> int:
+    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - near), d))
+

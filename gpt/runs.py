@@ -1,0 +1,236 @@
+"""The run directory: its name, its record, what may go on in it, and its result. No Paddle here.
+
+    job.json                 the resolved job: configuration, data, command, versions
+    metrics.jsonl            one record per step
+    checkpoints/step_NNNNNNNN/
+    logs/worker.R.log
+    samples.jsonl            generated text
+    loss.png                 the curves
+    result.json              written last
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt import __version__
+from gpt.config import Config, Resume, UserError, plain, typed
+from gpt.data.corpus import Prepared
+from gpt.files import write_json
+
+SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
+# Keys that change how a job is run or shown but not what it computes.
+LAUNCH_ONLY = (
+    "task", "tags", "notes", "evaluate", "generate", "logger", "cluster",
+    "trainer.resume", "trainer.log_every", "data.cache_dir",
+)  # fmt: skip
+
+
+def run_name(config: dict[str, Any], parallel: str) -> str:
+    """``<model>_<parallel>_<hash8>``: a run is its configuration.
+
+    Args:
+        config: the resolved configuration as plain values.
+        parallel: the name of the parallel preset.
+    """
+    kept = json.loads(json.dumps(config))
+    for key in LAUNCH_ONLY:
+        *sections, leaf = key.split(".")
+        node = kept
+        for section in sections:
+            node = node.get(section, {})
+        node.pop(leaf, None)
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{config['model']['name']}_{parallel}_{digest}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs, as ``job.json`` holds it."""
+
+    config: Config
+    data: Prepared
+    run_dir: Path
+    command: list[str]
+
+    def write(self, file: Path | None = None) -> None:
+        """Write ``job.json`` (or another ``file``) atomically."""
+        write_json(
+            file or self.run_dir / "job.json",
+            {
+                "config": plain(self.config),
+                "data": self.data.plain(),
+                "run_dir": str(self.run_dir),
+                "command": self.command,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "versions": versions(),
+                "git": git_revision(),
+            },
+        )
+
+    @classmethod
+    def read(cls, run_dir: Path, file: Path | None = None) -> Job:
+        """Read ``job.json`` (or another ``file``); the folder may have been moved since.
+
+        Raises:
+            UserError: there is none, or it is not one.
+        """
+        path = file or run_dir / "job.json"
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            data = Prepared.from_plain(stored["data"])
+            return cls(typed(stored["config"]), data, run_dir, stored["command"])
+        except FileNotFoundError:
+            raise UserError(f"{run_dir}: no run here (no job.json); train first, or give hydra.run.dir=...") from None
+        except Exception as error:
+            raise UserError(f"{path}: not a job of this version ({type(error).__name__}: {error})") from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and composes."""
+    found = {"gpt": __version__, "python": platform.python_version()}
+    for name in ("paddlepaddle", "paddlepaddle-gpu", "numpy", "hydra-core", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout the code runs from, '+' if it was edited; None outside one."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+        dirty = subprocess.run(["git", "status", "-s", "-uno"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "") if sha.returncode == 0 else None
+
+
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """Steps that have a checkpoint folder, ascending; whether it is sound shows when it is read."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted(int(f.name[5:]) for f in folders if f.name[5:].isdigit())
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """``result.json``, or None while there is none."""
+    try:
+        result: dict[str, Any] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """Keys that differ and matter to a run, as 'key old -> new'."""
+
+    def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if f"{prefix}{key}" in LAUNCH_ONLY:
+                continue
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    before, after = dict(flat(plain(old))), dict(flat(plain(new)))
+    return [f"{k} {before.get(k)} -> {after.get(k)}" for k in after if before.get(k) != after.get(k)]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do in a run directory: ``start`` or not, and what to tell the user first."""
+
+    start: bool
+    messages: list[str]
+    aside: Path | None = None  # earlier work is moved there before the start
+
+
+def decide(run_dir: Path, config: Config, data: Prepared) -> Decision:
+    """Decide what a training command may do in ``run_dir``; nothing is touched.
+
+    Raises:
+        UserError: earlier work there does not fit this command.
+    """
+    exists = (run_dir / "job.json").exists()
+    steps = checkpoint_steps(run_dir)
+    if config.trainer.resume is Resume.must and not steps:
+        raise UserError(f"trainer.resume=must, but there is no checkpoint in {run_dir}")
+    if not exists:
+        return Decision(True, [])
+    if config.trainer.resume is Resume.never:
+        number = 1
+        while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+            number += 1
+        return Decision(True, [f"starting afresh; the earlier run is now in {aside}"], aside)
+    earlier = Job.read(run_dir)
+    _refuse_mismatch(run_dir, earlier, config, data)
+    result = read_result(run_dir)
+    if result and result.get("status") == "done" and result["step"] >= config.trainer.max_steps:
+        figures = ", ".join(f"{k} {v:.4f}" for k, v in result.items() if k.endswith("/loss") and v is not None)
+        remedy = f"go on with trainer.max_steps={2 * result['step']} hydra.run.dir={run_dir}, or start afresh"
+        done = f"this run is done: step {result['step']:,}, {figures}; {remedy} with trainer.resume=never"
+        return Decision(False, [done])
+    messages = [f"changed since this run began: {change}" for change in changes(earlier.config, config)]
+    return Decision(True, messages)
+
+
+def _refuse_mismatch(run_dir: Path, earlier: Job, config: Config, data: Prepared) -> None:
+    was, now = dataclasses.asdict(earlier.config.model), dataclasses.asdict(config.model)
+    problems = [f"model.{k} is {was[k]} there and {now[k]} here" for k in SHAPE_KEYS if was[k] != now[k]]
+    if earlier.data.tokenizer_digest != data.tokenizer_digest:
+        problems.append("its tokenizer is another one (the text or its files changed)")
+    elif earlier.data.fingerprint != data.fingerprint:
+        problems.append("its data is not this data (the text or the token files changed)")
+    if problems:
+        raise UserError(
+            f"{run_dir} holds another run: {'; '.join(problems)}: "
+            "choose another hydra.run.dir=..., or trainer.resume=never to start afresh (the old run is kept beside it)"
+        )
+
+
+def truncate_metrics(run_dir: Path, step: int) -> None:
+    """Drop records after ``step`` and a torn last line: those steps are computed again, to the same values."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return
+    keep = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            keep += len(line)
+    os.truncate(path, keep)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of ``metrics.jsonl``."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # a line that a crash tore
+    return records

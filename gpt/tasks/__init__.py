@@ -1,0 +1,22 @@
+"""What a worker can do, one module each, to be read from top to bottom."""
+
+from __future__ import annotations
+
+from gpt.config import Task
+from gpt.guard import Signals
+from gpt.runs import Job
+
+
+def run(job: Job, signals: Signals) -> int:
+    """Do the job's task on this rank; returns the exit code."""
+    if job.config.task is Task.pretrain:
+        from gpt.tasks import pretrain
+
+        return pretrain.run(job, signals)
+    if job.config.task is Task.evaluate:
+        from gpt.tasks import evaluate
+
+        return evaluate.run(job)
+    from gpt.tasks import generate
+
+    return generate.run(job)

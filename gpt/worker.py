@@ -1,0 +1,69 @@
+"""One rank: ``python -m gpt.worker RUN_DIR JOB_FILE``. Reads a resolved job; Hydra is not here.
+
+Even a single rank is a worker process: thread counts and the allocator must be in the environment before it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM if the driver dies, even by SIGKILL; the run is then saved and ended."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(os.environ.get("GPT_DRIVER_PID", os.getppid())):
+        sys.exit(128 + signal.SIGTERM)  # it died before we asked
+
+
+def import_paddle() -> None:
+    """Import it without its remark that more than one OpenMP thread harms data parallelism (it does not here)."""
+    said = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+        warnings.filterwarnings("ignore", message="No ccache found")
+        import paddle  # noqa: F401
+    remarks = [line for line in said.getvalue().splitlines() if "OMP_NUM_THREADS" not in line]
+    sys.stderr.write("".join(f"{line}\n" for line in remarks))
+
+
+def main() -> None:
+    """Run the job's task; the exit code is the task's."""
+    die_with_parent()
+    from gpt.guard import BAD_INPUT, FAILED, GUARD, GuardError, Signals
+
+    signals = Signals()  # from here on a signal is remembered, also during the imports
+
+    import_paddle()
+    from gpt.config import UserError
+    from gpt.runs import Job
+
+    run_dir, job_file = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        job = Job.read(run_dir, job_file)
+        from gpt import tasks
+
+        code = tasks.run(job, signals)
+    except UserError as error:
+        print(f"ERROR: {error}", flush=True)
+        code = BAD_INPUT
+    except GuardError as error:
+        print(f"STOPPED: {error}", flush=True)
+        code = GUARD
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        sys.stdout.flush()
+        code = FAILED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a checked job becomes processes. Nothing here imports Paddle."""

@@ -1,0 +1,72 @@
+"""What this machine has, found out without Paddle, and what it cannot run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+
+from gpt.config import Config, Device, DType
+
+TESTED_PADDLE = ("3.3.1",)
+INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.paddlepaddle.org.cn/en/install/quick"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def gpus() -> int:
+    """NVIDIA GPUs that a job may use: CUDA_VISIBLE_DEVICES, else what the driver lists."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def paddle_package() -> tuple[str, str] | None:
+    """Name and version of the installed Paddle, or None."""
+    for name in ("paddlepaddle-gpu", "paddlepaddle"):
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ("paddlepaddle", "unknown") if importlib.util.find_spec("paddle") else None
+
+
+def resolve_device(config: Config) -> Device:
+    """What ``cluster.device=auto`` means here."""
+    if config.cluster.device is not Device.auto:
+        return config.cluster.device
+    package = paddle_package()
+    return Device.gpu if gpus() and package and package[0] == "paddlepaddle-gpu" else Device.cpu
+
+
+def problems(config: Config) -> list[str]:
+    """What this machine lacks for the job."""
+    found = []
+    package = paddle_package()
+    if package is None:
+        found.append(f"PaddlePaddle is not installed: {INSTALL}")
+    device = resolve_device(config)
+    if device is Device.gpu and package and package[0] != "paddlepaddle-gpu":
+        found.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")
+    elif device is Device.gpu and gpus() == 0:
+        found.append("cluster.device=gpu, but there is no GPU here: use cluster.device=cpu")
+    if device is Device.cpu and config.precision.dtype is not DType.fp32:
+        found.append(
+            f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "
+            "matrix product on the CPU; use precision=fp32"
+        )
+    return found
+
+
+def warnings() -> list[str]:
+    """What is not wrong but was never tried."""
+    package = paddle_package()
+    if package and package[1] not in TESTED_PADDLE:
+        return [f"{package[0]} {package[1]} was not tested with this project; {', '.join(TESTED_PADDLE)} was"]
+    return []

@@ -1,0 +1,190 @@
+"""Workers on this host: environment, start, watch, first failure, signals, no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from gpt.config import Config
+from launchers import host
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 60.0  # from a signal to SIGKILL: time to finish the step and to save
+LAST_LINES = 15
+# Big blocks stay in the process: otherwise every temporary of tens of MB is mapped, zeroed page by page and
+# unmapped again, a fifth of a training step on a CPU.
+MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
+
+
+def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
+    """The environment of a worker: ours without what belongs to other jobs, plus what must be set before it starts.
+
+    Args:
+        config: of the job.
+        ranks: workers on this host, which share its cores.
+        live: the terminal shows a progress display, so step lines are not needed.
+    """
+    foreign = ("PADDLE_", "FLAGS_selected_", "POD_", "TRAINING_ROLE", "HYDRA_FULL_ERROR")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    threads = str(config.cluster.threads or max(1, host.cores() // ranks))
+    root = str(Path(__file__).resolve().parent.parent)
+    return {
+        **kept,
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "MKL_DYNAMIC": "FALSE",
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
+        "GPT_DRIVER_PID": str(os.getpid()),
+        "GPT_LIVE": "1" if live else "",
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: the exit code of the first rank that failed, or 0; with that rank's last lines."""
+
+    code: int
+    rank: int = 0
+    last_lines: tuple[str, ...] = ()
+
+
+class Tail:
+    """Reads what a file has grown by."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.position = path.stat().st_size if path.exists() else 0
+        self._partial = b""
+
+    def lines(self, *, final: bool = False) -> list[str]:
+        """New whole lines; with ``final`` also an unfinished last one."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                new = file.read()
+        except FileNotFoundError:
+            return []
+        self.position += len(new)
+        *whole, self._partial = (self._partial + new).split(b"\n")
+        if final and self._partial:
+            whole, self._partial = [*whole, self._partial], b""
+        return [line.decode("utf-8", errors="replace") for line in whole]
+
+
+def run_workers(
+    arguments: list[str],
+    ranks: int,
+    log_dir: Path,
+    env: dict[str, str],
+    *,
+    show: Callable[[str], None],
+    poll: Callable[[], None],
+    hand_over: tuple[int, ...] = (),
+) -> Outcome:
+    """Start one worker per rank and watch them to the end.
+
+    Args:
+        arguments: after ``python``.
+        ranks: number of workers.
+        log_dir: gets ``worker.R.log``, appended to.
+        env: of every worker.
+        show: gets the lines of rank 0.
+        poll: called every few hundredths of a second.
+        hand_over: file descriptors that the workers keep open (the run's lock).
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    tails = [Tail(log_dir / f"worker.{rank}.log") for rank in range(ranks)]
+    processes: list[subprocess.Popen[bytes]] = []
+    with _forwarded(processes) as signalled:
+        for rank in range(ranks):
+            with open(tails[rank].path, "ab") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *arguments],
+                        env={**env, "PADDLE_TRAINER_ID": str(rank), "PADDLE_TRAINERS_NUM": str(ranks)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                        pass_fds=hand_over,
+                    )
+                )
+        try:
+            failed = _watch(processes, tails[0], signalled, show, poll)
+        finally:
+            _end(processes)
+    for line in tails[0].lines(final=True):
+        show(line)
+    poll()
+    if failed is None:
+        return Outcome(0)
+    text = tails[failed].path.read_text(encoding="utf-8", errors="replace")
+    return Outcome(processes[failed].returncode, failed, tuple(text.splitlines()[-LAST_LINES:]))
+
+
+def _watch(
+    processes: list[subprocess.Popen[bytes]],
+    tail: Tail,
+    signalled: Callable[[], float | None],
+    show: Callable[[str], None],
+    poll: Callable[[], None],
+) -> int | None:
+    """Until all have ended well, or one has not: that one."""
+    while True:
+        codes = [process.poll() for process in processes]
+        for line in tail.lines():
+            show(line)
+        poll()
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None or all(code == 0 for code in codes):
+            return failed
+        since = signalled()
+        if since is not None and time.monotonic() - since > GRACE_SECONDS:
+            _kill(processes, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[Callable[[], float | None]]:
+    """Pass SIGTERM and Ctrl-C on to the workers, which save and end; a second one kills. Yields when it came."""
+    first: list[float] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        _kill(processes, signal.SIGKILL if first else signal.Signals(number))
+        first.append(time.monotonic())
+
+    former = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: first[0] if first else None
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _kill(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: first kindly."""
+    _kill(processes, signal.SIGTERM)
+    deadline = time.monotonic() + 5.0
+    for process in processes:
+        try:
+            process.wait(max(0.05, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _kill([process], signal.SIGKILL)
+            process.wait()
