@@ -157,8 +157,8 @@ class Data:
     """What is read. ``split`` are relative shares of the documents."""
 
     kind: DataKind = MISSING
-    path: str | None = None
-    blend: list[BlendPart] = field(default_factory=list)
+    path: str | None = MISSING
+    blend: list[BlendPart] = MISSING
     seq_len: int = MISSING
     split: list[float] = MISSING
     order: Order = MISSING
@@ -167,7 +167,7 @@ class Data:
     cache_dir: str = MISSING
     vocab: int = MISSING
     extensions: list[str] = MISSING
-    eot_id: int | None = None  # None: what the prepared data says
+    eot_id: int | None = None  # None: what the prepared data says, else GPT-2's 50256 if the vocabulary has it
     tokenizer: str | None = None  # a tokenizer.json; None: what the prepared data says
 
 
@@ -204,7 +204,7 @@ class Trainer:
     """Horizon, batch, and what happens every so many steps (0: only at the end)."""
 
     max_steps: int = MISSING
-    micro_batch_size: int = MISSING
+    micro_batch_size: int | None = MISSING
     global_batch_size: int | None = MISSING
     save_every: int = MISSING
     eval_every: int = MISSING
@@ -317,12 +317,18 @@ def world_size(config: Config) -> int:
 
 def global_batch_size(config: Config) -> int:
     """Samples per step; without a given number, one micro batch per replica."""
-    return config.trainer.global_batch_size or config.trainer.micro_batch_size * replicas(config)
+    return config.trainer.global_batch_size or (config.trainer.micro_batch_size or 1) * replicas(config)
+
+
+def micro_batch_size(config: Config) -> int:
+    """Samples of one forward pass; without a given number, a replica's share in one piece per pipeline stage."""
+    share = global_batch_size(config) // replicas(config) // config.parallel.pp_degree
+    return config.trainer.micro_batch_size or max(1, share)
 
 
 def accumulate_steps(config: Config) -> int:
     """Micro batches that one replica adds up before a step."""
-    return global_batch_size(config) // (config.trainer.micro_batch_size * replicas(config))
+    return global_batch_size(config) // (micro_batch_size(config) * replicas(config))
 
 
 def padded_vocab(config: Config) -> int:

@@ -10,7 +10,7 @@ import paddle
 
 from gpt import optim
 from gpt.checkpoint import Arrays
-from gpt.config import Config, DType, accumulate_steps, global_batch_size
+from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro_batch_size
 from gpt.data.samples import Samples
 from gpt.guard import require_finite
 from gpt.model import GPT
@@ -80,7 +80,7 @@ class Engine:
 
         self.model.train()
         loss = 0.0
-        micro = config.trainer.micro_batch_size
+        micro = micro_batch_size(config)
         for i in range(accumulate_steps(config)):
             rows = slice(i * micro, (i + 1) * micro)
             paddle.seed(derive_seed(config.seed, "dropout", number, i))
@@ -115,7 +115,7 @@ class Engine:
         """
         self.model.eval()
         total, counted = 0.0, 0.0
-        micro = self.config.trainer.micro_batch_size
+        micro = micro_batch_size(self.config)
         last = min(batches * global_batch_size(self.config), len(samples))
         for first in range(0, last, micro):
             batch = samples.batch(first, min(micro, last - first))

@@ -12,7 +12,6 @@ import math
 import paddle
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
-from paddle.nn import functional as F
 
 from gpt import ops
 from gpt.config import Config, Recompute, padded_vocab
@@ -65,9 +64,9 @@ class Block(nn.Layer):
         exempt = number in m.no_recompute_layers
         self.recompute = Recompute.none if exempt else m.recompute
         self.dropout = m.dropout
-        self.norm1 = nn.LayerNorm(m.hidden, epsilon=m.layer_norm_eps)
+        self.norm1 = ops.LayerNorm(m.hidden, m.layer_norm_eps)
         self.attention = Attention(config, topology, self.recompute is Recompute.core_attn)
-        self.norm2 = nn.LayerNorm(m.hidden, epsilon=m.layer_norm_eps)
+        self.norm2 = ops.LayerNorm(m.hidden, m.layer_norm_eps)
         self.fc1 = topology.column_linear(m.hidden, m.ffn)
         self.fc2 = topology.row_linear(m.ffn, m.hidden)
 
@@ -113,11 +112,10 @@ class GPT(nn.Layer):
         super().__init__()
         m = config.model
         self.config = config
-        self.vocab, self.padding = m.vocab, padded_vocab(config) - m.vocab
         self.word = topology.embedding(padded_vocab(config), m.hidden)
         self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
         self.layers = nn.LayerList([Block(config, topology, i) for i in range(m.layers)])
-        self.norm = nn.LayerNorm(m.hidden, epsilon=m.layer_norm_eps)
+        self.norm = ops.LayerNorm(m.hidden, m.layer_norm_eps)
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters by the names that checkpoints, initial values and decay rules use."""
@@ -156,26 +154,11 @@ class GPT(nn.Layer):
         """
         x_MH = self.hidden(tokens_BT).reshape([-1, self.config.model.hidden])
         labels_M, mask_M = labels_BT.flatten(), mask_BT.flatten() / count
-        chunk = self.config.model.loss_chunk
-        if not chunk or chunk >= x_MH.shape[0]:
-            return self._sum_loss(x_MH, labels_M, mask_M)
-        total = paddle.zeros([])
-        for begin in range(0, x_MH.shape[0], chunk):
-            part = slice(begin, begin + chunk)
-            total = total + recompute(self._sum_loss, x_MH[part], labels_M[part], mask_M[part])
-        return total
-
-    def _sum_loss(self, x_MH: Tensor, labels_M: Tensor, weight_M: Tensor) -> Tensor:
-        logits_MV = self._head(x_MH).astype("float32")
-        each = F.cross_entropy(logits_MV, labels_M, reduction="none")
-        return (each * weight_M).sum()
+        m = self.config.model
+        return ops.head_loss(x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
 
     def _head(self, x: Tensor) -> Tensor:
-        logits = paddle.matmul(x, self.word.weight, transpose_y=True)
-        if self.padding:
-            real = paddle.zeros([self.vocab], dtype=logits.dtype)
-            logits = logits + paddle.concat([real, paddle.full([self.padding], -1e9, dtype=logits.dtype)])
-        return logits
+        return ops.logits(x, self.word.weight, self.config.model.vocab)
 
     def _embed(self, tokens_BT: Tensor, start: int) -> Tensor:
         positions_T = paddle.arange(start, start + tokens_BT.shape[1], dtype="int64")

@@ -1,17 +1,26 @@
-"""Operations written for what a CPU is slow at; on other devices Paddle's own kernels.
+"""The operations of the model: on a CPU the kernels of this project, elsewhere Paddle's own.
 
-B batch, T positions, N heads, D head size, E = 3 D.
+B batch, T positions, N heads, D head size, E = 3 D, S positions so far, M rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 import paddle
-from paddle import Tensor
+from paddle import Tensor, nn
+from paddle.distributed.fleet.utils import recompute
 from paddle.nn import functional as F
+
+from gpt import kernels, kernels_large
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return bool(x.place.is_cpu_place())
 
 
 def causal_attention(qkv_BTNE: Tensor, dropout: float) -> Tensor:
     """softmax(q k' / sqrt(D)) v over the positions up to one's own, with dropout on the probabilities: BTND."""
+    if _on_cpu(qkv_BTNE):
+        return kernels_large.CausalAttention.apply(qkv_BTNE, dropout)
     q, k, v = paddle.split(qkv_BTNE, 3, axis=-1)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
@@ -22,16 +31,82 @@ def attention_after(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     q, k, v = (x.transpose([0, 2, 1, 3]) for x in (q_BTND, k_BSND, v_BSND))
     scores_BNTS = paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True)
     if T > 1:
-        hidden_TS = paddle.triu(paddle.full([T, S], -1e9, dtype=scores_BNTS.dtype), diagonal=S - T + 1)
-        scores_BNTS = scores_BNTS + hidden_TS
+        scores_BNTS = scores_BNTS + paddle.triu(paddle.full([T, S], -1e9, dtype=q.dtype), diagonal=S - T + 1)
     return paddle.matmul(F.softmax(scores_BNTS, axis=-1), v).transpose([0, 2, 1, 3])
+
+
+def head_loss(
+    x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int
+) -> Tensor:
+    """Sum of ``weight_M`` times the cross entropies of the tied head, in float32.
+
+    Args:
+        x_MH: final hidden states.
+        table_VH: the word embedding; rows from ``vocab`` on are padding.
+        labels_M: int64.
+        weight_M: float32.
+        vocab: real tokens.
+        chunk: rows whose logits exist at once; 0 for all.
+    """
+    rows = x_MH.shape[0]
+    chunk = min(chunk or rows, rows)
+    if _on_cpu(x_MH):
+        return kernels_large.HeadLoss.apply(x_MH, table_VH, labels_M, weight_M, vocab, chunk)
+
+    def part(x: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        each = F.cross_entropy(logits(x, table_VH, vocab).astype("float32"), labels, reduction="none")
+        return (each.flatten() * weight).sum()
+
+    if chunk == rows:
+        return part(x_MH, labels_M, weight_M)
+    cuts = [slice(i, i + chunk) for i in range(0, rows, chunk)]
+    parts = [recompute(part, x_MH[s], labels_M[s], weight_M[s]) for s in cuts]
+    return paddle.stack(parts).sum()
+
+
+def logits(x: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
+    """The tied head on [..., H]: [..., V], with -1e9 (float16: -6e4) in the columns of padding rows."""
+    out = paddle.matmul(x, table_VH, transpose_y=True)
+    if table_VH.shape[0] == vocab:
+        return out
+    low = -6e4 if out.dtype == paddle.float16 else -1e9
+    padding = paddle.full([table_VH.shape[0] - vocab], low, dtype=out.dtype)
+    return out + paddle.concat([paddle.zeros([vocab], dtype=out.dtype), padding])
 
 
 def gelu(x: Tensor) -> Tensor:
     """GELU, tanh approximation."""
-    return F.gelu(x, approximate=True)
+    return kernels.Gelu.apply(x) if _on_cpu(x) else F.gelu(x, approximate=True)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout with scaling by 1 / (1 - p) in training; the identity otherwise."""
-    return F.dropout(x, p, training=training) if p > 0 and training else x
+    if not training or p == 0:
+        return x
+    return kernels.Dropout.apply(x, p) if _on_cpu(x) else F.dropout(x, p)
+
+
+class Linear(nn.Linear):  # type: ignore[misc]
+    """Paddle's layer: ``weight`` [in, out] and ``bias``, to be initialised by the model."""
+
+    def __init__(self, size_in: int, size_out: int) -> None:
+        zeros = nn.initializer.Constant(0.0)
+        super().__init__(size_in, size_out, weight_attr=zeros, bias_attr=zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return kernels.Linear.apply(x, self.weight, self.bias) if _on_cpu(x) else super().forward(x)
+
+
+class LayerNorm(nn.LayerNorm):  # type: ignore[misc]
+    """Paddle's layer over the last axis."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__(size, epsilon=epsilon)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        if _on_cpu(x):
+            return kernels.LayerNorm.apply(x, self.weight, self.bias, self.epsilon)
+        return super().forward(x)

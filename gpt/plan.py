@@ -13,6 +13,7 @@ from gpt.config import (
     Recompute,
     accumulate_steps,
     global_batch_size,
+    micro_batch_size,
     padded_vocab,
     world_size,
 )
@@ -120,7 +121,7 @@ def memory(config: Config) -> Memory:
 def _activations(config: Config, size: int) -> int:
     """In units of s b h, a block keeps 34 half-precision and mask bytes plus 5 a s / h for the attention matrix."""
     m, p = config.model, config.parallel
-    tokens = config.data.seq_len * config.trainer.micro_batch_size
+    tokens = config.data.seq_len * micro_batch_size(config)
     scale = size / 2
     mp = p.mp_degree
     outside = 10 / mp if p.sequence_parallel else 10
@@ -154,7 +155,7 @@ def summary(config: Config) -> list[tuple[str, str]]:
         (
             "batch",
             f"{global_batch_size(config):,} samples = {tokens:,} tokens a step, "
-            f"{accumulate_steps(config)} micro batch(es) of {config.trainer.micro_batch_size} per replica",
+            f"{accumulate_steps(config)} micro batch(es) of {micro_batch_size(config)} per replica",
         ),
         ("horizon", f"{steps:,} steps = {steps * tokens:,} tokens"),
         (

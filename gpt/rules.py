@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gpt import config as schema
-from gpt.config import Config, DataKind, Recompute, global_batch_size, replicas
+from gpt.config import Config, DataKind, Recompute, global_batch_size, micro_batch_size, replicas
 
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
@@ -206,15 +206,15 @@ def _parallel(config: Config) -> Iterator[str]:
 
 def _batch(config: Config) -> Iterator[str]:
     trainer, parallel = config.trainer, config.parallel
-    unit = trainer.micro_batch_size * replicas(config)
-    if unit < 1:
+    if min(replicas(config), parallel.pp_degree, trainer.micro_batch_size or 1) < 1:
         return  # said by _ranges
+    unit = micro_batch_size(config) * replicas(config)
     total = global_batch_size(config)
     if total % unit:
         below, above = total // unit * unit, -(-total // unit) * unit
         yield (
             f"trainer.global_batch_size={total} is not divisible by trainer.micro_batch_size x replicas = "
-            f"{trainer.micro_batch_size} x {replicas(config)} = {unit}: "
+            f"{micro_batch_size(config)} x {replicas(config)} = {unit}: "
             f"try {' or '.join(str(n) for n in (below, above) if n)}"
         )
     elif parallel.virtual_pp_degree > 1 and (total // unit) % parallel.pp_degree:

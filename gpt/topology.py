@@ -80,20 +80,18 @@ class Topology:
 
     def column_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose output columns are shared out among the mp ranks; not yet initialised."""
-        return self._linear(size_in, size_out)
+        from gpt import ops
+
+        return ops.Linear(size_in, size_out)
 
     def row_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose input rows are shared out among the mp ranks; not yet initialised."""
-        return self._linear(size_in, size_out)
+        from gpt import ops
+
+        return ops.Linear(size_in, size_out)
 
     def embedding(self, rows: int, size: int) -> paddle.nn.Layer:
         """A table whose rows are shared out among the mp ranks; not yet initialised."""
         import paddle
 
         return paddle.nn.Embedding(rows, size, weight_attr=paddle.nn.initializer.Constant(0.0))
-
-    def _linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
-        import paddle
-
-        zeros = paddle.nn.initializer.Constant(0.0)
-        return paddle.nn.Linear(size_in, size_out, weight_attr=zeros, bias_attr=zeros)

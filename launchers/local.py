@@ -41,6 +41,7 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "MKL_DYNAMIC": "FALSE",
+        **host.mkl_settings(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),

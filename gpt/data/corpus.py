@@ -21,6 +21,7 @@ from gpt.data import tokenizer, tokens
 from gpt.files import Lock, atomic_directory
 
 CORPUS_VERSION = 1
+GPT2_EOT = 50256  # end-of-text of the published sets
 PIECE_BYTES = 64 * 1024  # a longer file becomes several documents, so that it can be split and streamed
 LEAST_PIECES = 20  # even a short single file gets a validation part
 TRAIN_TOKENIZER_BYTES = 32 << 20  # a vocabulary learns nothing new from more
@@ -120,7 +121,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     return Prepared(
         parts=parts,
         fingerprint=whole.hexdigest()[:16],
-        eot_id=data.eot_id,
+        eot_id=data.eot_id if data.eot_id is not None else GPT2_EOT if config.model.vocab > GPT2_EOT else None,
         tokenizer=str(Path(data.tokenizer).resolve()) if data.tokenizer else None,
         tokenizer_digest=tokenizer.digest(Path(data.tokenizer)) if data.tokenizer else None,
         tokens=sum(len(s.ids) for s in sets),
@@ -194,7 +195,8 @@ def _complete(folder: Path) -> bool:
 def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], None]) -> None:
     total = sum(path.stat().st_size for path in files)
     say(f"training a byte-level BPE of {vocab:,} tokens on {min(total, TRAIN_TOKENIZER_BYTES) / 1e6:.1f} MB of text")
-    tokenizer.train(_head(files, total), vocab, folder / "tokenizer.json")
+    size = max(1024, min(PIECE_BYTES, total // LEAST_PIECES))
+    tokenizer.train(_head(files, size), vocab, folder / "tokenizer.json")
     encoding = tokenizer.load(folder / "tokenizer.json")
     eot = encoding.eot_token
     say(f"tokenising {total / 1e6:.1f} MB in {len(files):,} files")
@@ -203,7 +205,7 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
     lens: list[int] = []
     with open(folder / "tokens_ids.npy", "w+b") as out:
         _write_header(out, dtype, 0)
-        for piece, last in _pieces(files, total):
+        for piece, last in pieces(files, size):
             ids = encoding.encode_to_numpy(piece, disallowed_special=())
             ids = np.append(ids, eot) if last else ids
             counts += np.bincount(ids, minlength=len(counts))
@@ -237,19 +239,22 @@ def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _head(files: list[Path], total: int) -> Iterator[str]:
+def _head(files: list[Path], size: int) -> Iterator[str]:
     """Text to train the vocabulary on: all of it, or the first pieces in the shuffled order of files."""
-    size = 0
-    for piece, _ in _pieces(files, total):
+    read = 0
+    for piece, _ in pieces(files, size):
         yield piece
-        size += len(piece)
-        if size >= TRAIN_TOKENIZER_BYTES:
+        read += len(piece)
+        if read >= TRAIN_TOKENIZER_BYTES:
             return
 
 
-def _pieces(files: list[Path], total: int) -> Iterator[tuple[str, bool]]:
-    """All text in pieces that end at a line, each with whether it ends its file; one piece is in memory."""
-    size = max(1024, min(PIECE_BYTES, total // LEAST_PIECES))
+def pieces(files: list[Path], size: int) -> Iterator[tuple[str, bool]]:
+    """All text in pieces of about ``size`` bytes that end at a line if they can, one at a time in memory.
+
+    Yields:
+        The piece, and whether it ends its file.
+    """
     for path in files:
         left = path.stat().st_size
         with open(path, "rb") as file:

@@ -1,0 +1,139 @@
+"""What tests share: configurations as a user composes them, a small real text, and the command itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", "2")
+with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+    warnings.simplefilter("ignore")
+    import paddle  # noqa: F401
+
+from hydra import compose, initialize_config_dir  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+
+from gpt import cli  # noqa: E402
+from gpt.config import Config  # noqa: E402
+
+cli.register()
+
+# A model that trains in milliseconds, on a text that is made here; dropout on, since it must be reproducible too.
+SMALL = [
+    "model=tiny",
+    "model.hidden=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.positions=32",
+    "model.vocab=384",
+    "trainer.micro_batch_size=4",
+    "trainer.global_batch_size=8",
+    "trainer.max_steps=12",
+    "trainer.save_every=4",
+    "trainer.eval_every=6",
+    "trainer.eval_batches=2",
+    "schedule.warmup_steps=2",
+    "schedule.decay_steps=20",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from or written to the user's own cache."""
+    os.environ["GPT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["WANDB_MODE"] = "offline"
+    for key in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        os.environ[key] = str(tmp_path_factory.mktemp("wandb"))
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents of real English: docstrings of the standard library."""
+    import argparse
+    import collections
+    import decimal
+    import logging
+    import pathlib
+    import random
+    import subprocess as sub
+
+    folder = tmp_path_factory.mktemp("text")
+    modules = (argparse, collections, decimal, logging, pathlib, random, sub)
+    docs = [
+        member.__doc__
+        for module in modules
+        for member in vars(module).values()
+        if isinstance(getattr(member, "__doc__", None), str) and len(member.__doc__) > 400
+    ]
+    for number, doc in enumerate(docs[:40]):
+        (folder / f"{number:02}.txt").write_text(doc, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def small(text: Path) -> list[str]:
+    """Overrides of a small job on that text."""
+    return [*SMALL, "data=text", f"data.path={text}"]
+
+
+def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """Configuration and choices, as the command would see them."""
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="gpt"):
+        whole = compose("config", overrides, return_hydra_config=True)
+    return cli.job_config(whole), dict(whole.hydra.runtime.choices)
+
+
+def configured(overrides: list[str]) -> Config:
+    """The typed configuration, on the CPU."""
+    config, choices = composed(["cluster.device=cpu", *overrides])
+    return cli.checked(config, choices)
+
+
+@dataclass
+class Ran:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+@pytest.fixture
+def gpt(tmp_path: Path) -> Callable[..., Ran]:
+    """Runs ``python -m gpt.main`` in an empty folder, as a user would."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None, timeout: float = 120) -> Ran:
+        done = subprocess.run(
+            [sys.executable, "-m", "gpt.main", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Records of a run, which must all be whole."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

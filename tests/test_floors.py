@@ -1,0 +1,85 @@
+"""The house stands: imports point down only, and nothing that plans a run loads Paddle."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Lower floors first; a module may import from its own floor and from those before it.
+FLOORS = [
+    {"gpt", "gpt.config", "gpt.files", "gpt.guard"},
+    {"gpt.rules", "gpt.plan", "gpt.optim"},
+    {"gpt.data", "gpt.data.tokens", "gpt.data.tokenizer", "gpt.data.order", "gpt.data.corpus", "gpt.data.samples"},
+    {"gpt.kernels"},
+    {"gpt.kernels_large"},
+    {"gpt.ops"},
+    {"gpt.topology"},
+    {"gpt.model", "gpt.runs"},
+    {"gpt.checkpoint", "gpt.log", "gpt.report", "gpt.console"},
+    {"gpt.engine", "launchers", "launchers.host", "launchers.local"},
+    {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
+    {"gpt.worker", "gpt.driver", "gpt.cli"},
+    {"gpt.main"},
+]
+NO_PADDLE = ["gpt.config", "gpt.rules", "gpt.plan", "gpt.runs", "gpt.driver", "gpt.cli", "gpt.data.samples", "launchers.local"]
+
+
+def modules() -> dict[str, str]:
+    """Module names and their source."""
+    found = {}
+    for package in ("gpt", "launchers"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def imports(source: str) -> set[str]:
+    """Own modules that a source imports anywhere, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("gpt", "launchers")}
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set(modules()) == set().union(*FLOORS)
+
+
+def test_imports_point_down_only() -> None:
+    known = set().union(*FLOORS)
+    up = [
+        f"{name} imports {other}"
+        for name, source in modules().items()
+        for other in imports(source) & known
+        if floor(other) > floor(name)
+    ]
+    assert up == []
+
+
+def test_only_topology_starts_fleet() -> None:
+    starters = [name for name, source in modules().items() if "fleet.init" in source or "init_parallel_env" in source]
+    assert set(starters) <= {"gpt.topology"}
+
+
+@pytest.mark.parametrize("name", NO_PADDLE)
+def test_paddle_stays_out_of_what_plans_and_launches(name: str) -> None:
+    code = f"import {name}, sys; sys.exit('paddle' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_workers_never_see_hydra() -> None:
+    code = "import gpt.tasks.pretrain, sys; sys.exit('hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
