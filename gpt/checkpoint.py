@@ -160,7 +160,9 @@ class Saver:
         self._error: Exception | None = None
         remove_leftovers(run_dir / "checkpoints")
 
-    def submit(self, step: int, model: Arrays, optimizer: Arrays, state: dict[str, Any], tokenizer: Path | None) -> None:
+    def submit(
+        self, step: int, model: Arrays, optimizer: Arrays, state: dict[str, Any], tokenizer: Path | None
+    ) -> None:
         """Start writing; the arrays must be copies that nobody changes. Waits only for an earlier save.
 
         Args:
@@ -179,9 +181,7 @@ class Saver:
                 self._retire()
             except Exception as error:  # the thread must never die silently
                 self._error = error
-                self.say(
-                    f"WARNING: checkpoint {step} could not be written ({error}); earlier checkpoints are intact"
-                )
+                self.say(f"WARNING: checkpoint {step} could not be written ({error}); earlier checkpoints are intact")
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
@@ -206,4 +206,3 @@ def free_bytes_hint(run_dir: Path, needed: int) -> str | None:
     if free >= 2 * needed:
         return None
     return f"{run_dir} has {free / 2**30:.1f} GiB free and a checkpoint takes {needed / 2**30:.1f} GiB"
-

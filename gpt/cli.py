@@ -53,7 +53,7 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 def job_config(composed: DictConfig) -> DictConfig:
     """The composed configuration without Hydra's own part."""
-    return OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def checked(composed: DictConfig, choices: Any) -> Config:
@@ -125,7 +125,7 @@ def _translate(override: str, error: Exception) -> str:
     """Hydra's message in one sentence, with a suggestion."""
     text = str(error)
     key = override.lstrip("+~").split("=")[0]
-    if "Could not override" in text or "not in" in text.split("\n")[0]:
+    if "Could not override" in text or "not in" in text.split("\n", maxsplit=1)[0]:
         groups = [p.name for p in Path(conf_dir()).iterdir() if p.is_dir()]
         return f"unknown key {key}{suggest(key, [*known_keys(), *groups])}"
     if "Could not find" in text:

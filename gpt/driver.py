@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,8 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         return None
     config.cluster.device = host.resolve_device(config)
     if config.task is not Task.pretrain:
-        return _on_trained_run(config, run_dir, overrides, console)
+        _on_trained_run(config, run_dir, overrides, console)
+        return None
     return _pretrain(config, run_dir, overrides, console)
 
 
@@ -159,7 +161,7 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     if outcome.code == BAD_INPUT:
         raise JobFailed("", BAD_INPUT)
     if outcome.code < 0:
-        name = local.signal.Signals(-outcome.code).name
+        name = signal.Signals(-outcome.code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         last = "\n".join(f"  | {line}" for line in outcome.last_lines)
         message = f"worker {outcome.rank} was ended by {name}{hint}; the same command goes on from the last checkpoint"
@@ -215,4 +217,3 @@ def _short(path: Path) -> Path:
 
 def _command(overrides: list[str]) -> list[str]:
     return ["python", "-m", "gpt.main", *overrides]
-

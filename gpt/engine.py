@@ -11,7 +11,7 @@ import paddle
 from gpt import optim
 from gpt.checkpoint import Arrays
 from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro_batch_size
-from gpt.data.samples import Samples
+from gpt.data.samples import Batch, Samples
 from gpt.guard import require_finite
 from gpt.model import GPT
 from gpt.topology import Topology, derive_seed
@@ -85,7 +85,7 @@ class Engine:
             rows = slice(i * micro, (i + 1) * micro)
             paddle.seed(derive_seed(config.seed, "dropout", number, i))
             with self._autocast():
-                part = self.model.loss(*_tensors(batch.inputs_BT, batch.labels_BT, batch.mask_BT, rows), count)
+                part = self.model.loss(*_tensors(batch, rows), count)
             (self.scaler.scale(part) if self.scaler else part).backward()
             loss += part.item()
 
@@ -107,7 +107,6 @@ class Engine:
         else:
             self.optimizer.step()
 
-    @paddle.no_grad()
     def evaluate(self, samples: Samples, batches: int) -> float:
         """Mean loss per counted token over the first ``batches`` global batches (at most one pass).
 
@@ -121,8 +120,8 @@ class Engine:
             batch = samples.batch(first, min(micro, last - first))
             count = float(batch.mask_BT.sum())
             if count:
-                with self._autocast():
-                    mean = self.model.loss(*_tensors(batch.inputs_BT, batch.labels_BT, batch.mask_BT), count)
+                with paddle.no_grad(), self._autocast():
+                    mean = self.model.loss(*_tensors(batch, slice(None)), count)
                 total += mean.item() * count
                 counted += count
         return total / max(counted, 1.0)
@@ -154,9 +153,10 @@ class Engine:
             self.scaler.load_state_dict(rest["scaler"])
 
 
-def _tensors(*arrays_and_rows: Any) -> list[paddle.Tensor]:
-    *arrays, rows = arrays_and_rows if isinstance(arrays_and_rows[-1], slice) else (*arrays_and_rows, slice(None))
-    return [paddle.to_tensor(array[rows]) for array in arrays]
+def _tensors(batch: Batch, rows: slice) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
+    arrays = (batch.inputs_BT, batch.labels_BT, batch.mask_BT)
+    inputs, labels, mask = (paddle.to_tensor(array[rows]) for array in arrays)
+    return inputs, labels, mask
 
 
 def _plain(state: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -38,9 +38,14 @@ def view(tensor: Tensor) -> Array:
 
 def over_rows(work: Callable[[int, int], None], rows: int) -> None:
     """Call ``work(first, last)`` on parts of range(rows), one per thread; the result must not depend on the cut."""
+
+    def quietly(first: int, last: int) -> None:
+        with np.errstate(all="ignore"):  # infinities and NaN travel on to the guard, as they do in Paddle
+            work(first, last)
+
     cuts = [rows * i // THREADS for i in range(THREADS + 1)]
-    others = [_pool.submit(work, cuts[i], cuts[i + 1]) for i in range(THREADS - 1)]
-    work(cuts[-2], cuts[-1])
+    others = [_pool.submit(quietly, cuts[i], cuts[i + 1]) for i in range(THREADS - 1)]
+    quietly(cuts[-2], cuts[-1])
     for other in others:
         other.result()
 
@@ -56,7 +61,7 @@ def draw_seed() -> int:
     return int(high) << 31 | int(low)
 
 
-def keep_mask(shape: list[int], p: float, seed: int) -> tuple[Array, np.float32]:
+def keep_mask(shape: list[int], p: float, *seeds: int) -> tuple[Array, np.float32]:
     """Which elements dropout keeps, and the scale of those: a function of the arguments only, not of the threads.
 
     ``p`` is rounded to a multiple of 2^-16 and the scale is that of the rounded value, so the mean is exact.
@@ -70,7 +75,7 @@ def keep_mask(shape: list[int], p: float, seed: int) -> tuple[Array, np.float32]
         for stream in range(first, last):
             begin, end = stream * half, min((stream + 1) * half, count)
             if end > begin:
-                words = np.random.SFC64([seed, stream]).random_raw(-(-(end - begin) // 4))
+                words = np.random.SFC64([*seeds, stream]).random_raw(-(-(end - begin) // 4))
                 np.greater_equal(words.view(np.uint16)[: end - begin], threshold, out=keep[begin:end])
 
     over_rows(work, 2)

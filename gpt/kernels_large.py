@@ -40,7 +40,7 @@ class CausalAttention(PyLayer):  # type: ignore[misc]
         blocks: list[tuple[Tensor, Array | None]] = []
         for s in tiles(0, T, QUERY_BLOCK):
             exps = paddle.matmul(q[:, s], k[:, : s.stop], transpose_y=True)
-            mask, scale = keep_mask(exps.shape, dropout, seed + s.start) if dropout else (None, np.float32(1))
+            mask, scale = keep_mask(exps.shape, dropout, seed, s.start) if dropout else (None, np.float32(1))
             kept = _softmax_rows(exps, s, mask, scale, inverse)
             mixed = view(paddle.matmul(kept, v[:, : s.stop]))
             mixed *= inverse[:, s]
@@ -54,7 +54,7 @@ class CausalAttention(PyLayer):  # type: ignore[misc]
         """Returns BTNE."""
         packed, blocks, inverse, scale, out = ctx.saved
         ctx.saved = None
-        B, T, N, D = out.shape
+        B, T, N, _ = out.shape
         q, k, v = packed[0], packed[1], packed[2]
         grad_out, along = _scaled_gradient(grad_BTND, out, inverse, scale)
         grads = paddle.empty(packed.shape, packed.dtype)
@@ -165,11 +165,20 @@ class HeadLoss(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int
+        ctx: Any,
+        x_MH: Tensor,
+        table_VH: Tensor,
+        labels_M: Tensor,
+        weight_M: Tensor,
+        vocab: int,
+        chunk: int,
+        backward: bool,
     ) -> Tensor:
-        """Returns a scalar; rows of ``table_VH`` from ``vocab`` on are padding and take no part."""
+        """Returns a scalar; rows of ``table_VH`` from ``vocab`` on are padding and take no part.
+
+        ``backward`` says whether gradients are wanted; in here they are always off.
+        """
         labels, weight = view(labels_M), view(weight_M)
-        backward = paddle.is_grad_enabled() or not table_VH.stop_gradient
         losses = np.empty(len(labels), dtype=np.float32)
         grad_x, grad_table = [], None
         for s in tiles(0, len(labels), chunk):

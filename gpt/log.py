@@ -100,7 +100,7 @@ class WandbSink:
         self._run.define_metric("*", step_metric="tokens")
         self._run.define_metric("val/loss", step_metric="tokens", summary="min")
 
-    def _mode(self, settings: Wandb) -> str:
+    def _mode(self, settings: Wandb) -> Any:
         if settings.mode is not WandbMode.auto:
             return settings.mode.value
         if os.environ.get("WANDB_MODE"):
@@ -117,7 +117,7 @@ class WandbSink:
         except (OSError, netrc.NetrcParseError):
             return False
 
-    def _start(self, job: Job, settings: Wandb, mode: str) -> Any:
+    def _start(self, job: Job, settings: Wandb, mode: Any) -> Any:
         config = job.config
         arguments: dict[str, Any] = {
             "project": settings.project,

@@ -1,6 +1,6 @@
 """The one entry: compose, check, plan, run the task.
 
-    python -m gpt.main model=345m parallel=single optimizer.lr=1e-4
+python -m gpt.main model=345m parallel=single optimizer.lr=1e-4
 """
 
 import os

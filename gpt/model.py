@@ -20,7 +20,7 @@ from gpt.topology import Topology, initial_value
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values so far, BTND each
 
 
-class Attention(nn.Layer):
+class Attention(nn.Layer):  # type: ignore[misc]
     """Causal self-attention with fused projections."""
 
     def __init__(self, config: Config, topology: Topology, recompute_core: bool) -> None:
@@ -55,7 +55,7 @@ class Attention(nn.Layer):
         return self.out(mixed_BTND.reshape([B, T, self.heads * self.size])), (k, v)
 
 
-class Block(nn.Layer):
+class Block(nn.Layer):  # type: ignore[misc]
     """x + attention(norm(x)), then x + mlp(norm(x)), each branch with dropout at its end."""
 
     def __init__(self, config: Config, topology: Topology, number: int) -> None:
@@ -96,16 +96,12 @@ class Block(nn.Layer):
         return x_BTH + self._mlp(self.norm2(x_BTH)), past
 
 
-class GPT(nn.Layer):
+class GPT(nn.Layer):  # type: ignore[misc]
     """The whole model.
 
     Args:
         config: of the job; reads ``model``, ``parallel`` and ``seed``.
         topology: of this rank; gives the linears.
-
-    Example:
-        >>> model = GPT(config, topology)                               # doctest: +SKIP
-        >>> loss = model.loss(inputs_BT, labels_BT, mask_BT, count)     # doctest: +SKIP
     """
 
     def __init__(self, config: Config, topology: Topology) -> None:
@@ -178,4 +174,3 @@ class GPT(nn.Layer):
             x_BTH, past = block.step(x_BTH, cache[i] if cache else None)
             longer.append(past)
         return self._head(self.norm(x_BTH[:, -1])), longer
-

@@ -35,9 +35,7 @@ def attention_after(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     return paddle.matmul(F.softmax(scores_BNTS, axis=-1), v).transpose([0, 2, 1, 3])
 
 
-def head_loss(
-    x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int
-) -> Tensor:
+def head_loss(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int) -> Tensor:
     """Sum of ``weight_M`` times the cross entropies of the tied head, in float32.
 
     Args:
@@ -51,7 +49,7 @@ def head_loss(
     rows = x_MH.shape[0]
     chunk = min(chunk or rows, rows)
     if _on_cpu(x_MH):
-        return kernels_large.HeadLoss.apply(x_MH, table_VH, labels_M, weight_M, vocab, chunk)
+        return kernels_large.HeadLoss.apply(x_MH, table_VH, labels_M, weight_M, vocab, chunk, paddle.is_grad_enabled())
 
     def part(x: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
         each = F.cross_entropy(logits(x, table_VH, vocab).astype("float32"), labels, reduction="none")

@@ -23,7 +23,7 @@ def lr_at(step: int, peak: float, schedule: Schedule) -> float:
     """
     warmup, decay, floor = schedule.warmup_steps, schedule.decay_steps, schedule.min_lr
     if step <= warmup and warmup > 0:
-        return peak * step / warmup
+        return peak * (step / warmup)
     if schedule.name is ScheduleName.constant:
         return peak
     if step > decay or decay == warmup:
@@ -94,7 +94,9 @@ def state_of(optimizer: Any, parameters: dict[str, paddle.Tensor]) -> dict[str, 
     return slots
 
 
-def restore(optimizer: Any, parameters: dict[str, paddle.Tensor], slots: dict[str, Any], master: dict[str, Any]) -> None:
+def restore(
+    optimizer: Any, parameters: dict[str, paddle.Tensor], slots: dict[str, Any], master: dict[str, Any]
+) -> None:
     """The inverse of ``state_of``.
 
     Args:

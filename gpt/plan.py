@@ -160,7 +160,8 @@ def summary(config: Config) -> list[tuple[str, str]]:
         ("horizon", f"{steps:,} steps = {steps * tokens:,} tokens"),
         (
             "compute",
-            f"{flops_per_token(config) / 1e9:.3g} GFLOP a token, {flops_per_token(config) * tokens * steps:.3g} FLOP in all",
+            f"{flops_per_token(config) / 1e9:.3g} GFLOP a token, "
+            f"{flops_per_token(config) * tokens * steps:.3g} FLOP in all",
         ),
         (
             "memory",

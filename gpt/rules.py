@@ -90,11 +90,8 @@ def _required_groups() -> list[str]:
 
 def group_problems(choices: dict[str, Any]) -> list[str]:
     """A group that '~group' removed, or for which a list was given."""
-    problems = []
-    for group in _required_groups():
-        if choices.get(group) is None:
-            problems.append(f"no option of the group {group} is chosen: choose one with {group}=...")
-    return problems
+    removed = [group for group in _required_groups() if choices.get(group) is None]
+    return [f"no option of the group {group} is chosen: choose one with {group}=..." for group in removed]
 
 
 def rule_problems(config: Config) -> list[str]:
@@ -193,9 +190,7 @@ def _parallel(config: Config) -> Iterator[str]:
     if parallel.sequence_parallel and mp == 1:
         yield "parallel.sequence_parallel=true needs parallel.mp_degree of at least 2"
     if parallel.sequence_parallel and config.data.seq_len % mp:
-        yield (
-            f"parallel.sequence_parallel: data.seq_len={config.data.seq_len} is not divisible by mp_degree={mp}"
-        )
+        yield (f"parallel.sequence_parallel: data.seq_len={config.data.seq_len} is not divisible by mp_degree={mp}")
     if parallel.sharding_stage not in (1, 2, 3):
         yield f"parallel.sharding_stage={parallel.sharding_stage}: 1, 2 or 3"
     elif parallel.sharding_stage > 1 and pp > 1:
@@ -244,4 +239,3 @@ def _data(config: Config) -> Iterator[str]:
 
 def _nearest_divisor(of: int, near: int) -> int:
     return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - near), d))
-

@@ -1,12 +1,12 @@
 """The run directory: its name, its record, what may go on in it, and its result. No Paddle here.
 
-    job.json                 the resolved job: configuration, data, command, versions
-    metrics.jsonl            one record per step
-    checkpoints/step_NNNNNNNN/
-    logs/worker.R.log
-    samples.jsonl            generated text
-    loss.png                 the curves
-    result.json              written last
+job.json                 the resolved job: configuration, data, command, versions
+metrics.jsonl            one record per step
+checkpoints/step_NNNNNNNN/
+logs/worker.R.log
+samples.jsonl            generated text
+loss.png                 the curves
+result.json              written last
 """
 
 from __future__ import annotations
@@ -114,11 +114,13 @@ def git_revision() -> str | None:
     if not (here / ".git").exists():
         return None
     try:
-        sha = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
-        dirty = subprocess.run(["git", "status", "-s", "-uno"], cwd=here, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
+        sha, dirty = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout
+            for command in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])
+        )
+    except (OSError, subprocess.SubprocessError):
         return None
-    return sha.stdout.strip() + ("+" if dirty.stdout.strip() else "") if sha.returncode == 0 else None
+    return sha.strip() + ("+" if dirty.strip() else "")
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:

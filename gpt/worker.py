@@ -58,6 +58,9 @@ def main() -> None:
     except GuardError as error:
         print(f"STOPPED: {error}", flush=True)
         code = GUARD
+    except OSError as error:  # a full or lost disk; checkpoints are as they were
+        print(f"FAILED: {error}; the same command goes on from the last checkpoint", flush=True)
+        code = FAILED
     except Exception:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()

@@ -29,7 +29,7 @@ def samples_of(prefix: Path, *overrides: str, split: Split = Split.train, **kwar
     return Samples(config, corpus.prepare(config), split, **kwargs)
 
 
-# --- the permutation -------------------------------------------------------------------------------------------------
+# --- the permutation ---
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
@@ -54,7 +54,7 @@ def test_the_order_of_a_huge_set_needs_no_memory() -> None:
     assert 0 <= where.min() <= where.max() < n
 
 
-# --- Megatron's tables against a naive reference ---------------------------------------------------------------------
+# --- Megatron's tables against a naive reference ---
 
 
 def naive_megatron(lengths: np.ndarray, seq_len: int, samples: int, seed: int) -> list[list[tuple[int, int]]]:
@@ -117,7 +117,7 @@ def test_the_megatron_index_is_cached_under_everything_it_depends_on(tmp_path: P
     assert len(list((tmp_path / "index").iterdir())) == 6
 
 
-# --- samples -----------------------------------------------------------------------------------------------------------
+# --- samples ---
 
 
 def test_samples_are_windows_of_the_split_that_share_one_token(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_split_without_a_sample_says_how_much_there_is(tmp_path: Path) -> None
         samples_of(tmp_path / "a", "data.split=[1,0,0]", split=Split.val)
 
 
-# --- blends --------------------------------------------------------------------------------------------------------------
+# --- blends ---
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
@@ -207,7 +207,7 @@ def test_a_blend_reads_each_set_in_its_own_order_and_repeats_small_ones(tmp_path
     assert epochs[0] < 1 < epochs[1]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_sentences_are_gathered_into_documents(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_token_beyond_the_vocabulary_is_found_before_training(tmp_path: Path) 
     assert any("token id 384 is beyond model.vocab=384" in p for p in corpus.check(config))
 
 
-# --- text ------------------------------------------------------------------------------------------------------------------
+# --- text ---
 
 
 def test_text_is_tokenised_once_and_decodes_to_itself(small: list[str], text: Path) -> None:

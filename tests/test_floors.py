@@ -20,12 +20,22 @@ FLOORS = [
     {"gpt.topology"},
     {"gpt.model", "gpt.runs"},
     {"gpt.checkpoint", "gpt.log", "gpt.report", "gpt.console"},
-    {"gpt.engine", "launchers", "launchers.host", "launchers.local"},
+    {"gpt.engine"},
+    {"gpt.meter", "launchers", "launchers.host", "launchers.local"},
     {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
     {"gpt.worker", "gpt.driver", "gpt.cli"},
     {"gpt.main"},
 ]
-NO_PADDLE = ["gpt.config", "gpt.rules", "gpt.plan", "gpt.runs", "gpt.driver", "gpt.cli", "gpt.data.samples", "launchers.local"]
+NO_PADDLE = [
+    "gpt.config",
+    "gpt.rules",
+    "gpt.plan",
+    "gpt.runs",
+    "gpt.driver",
+    "gpt.cli",
+    "gpt.data.samples",
+    "launchers.local",
+]
 
 
 def modules() -> dict[str, str]:

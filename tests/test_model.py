@@ -40,7 +40,7 @@ def loss_and_gradients(model: GPT, seed: int = 5) -> tuple[float, dict[str, np.n
     return loss.item(), {name: p.grad.numpy() for name, p in model.logical_parameters().items()}
 
 
-# --- counts and published numbers -------------------------------------------------------------------------------------
+# --- counts and published numbers ---
 
 PUBLISHED = {
     "345m": 354_871_296,
@@ -89,7 +89,7 @@ def test_first_losses_of_the_published_sizes() -> None:
         assert plan.first_loss(configured([f"model={name}", *DATA])) == pytest.approx(expected, abs=0.006)
 
 
-# --- initial values -------------------------------------------------------------------------------------------------------
+# --- initial values ---
 
 
 def test_initial_values_depend_on_seed_and_name_only() -> None:
@@ -115,7 +115,7 @@ def test_the_switch_scales_projections_into_the_residual_stream(scaled: bool) ->
             assert values.std() == pytest.approx(0.02, rel=0.05)
 
 
-# --- the maths -------------------------------------------------------------------------------------------------------------
+# --- the maths ---
 
 
 def reference_logits(model: GPT, x: np.ndarray) -> np.ndarray:
@@ -197,7 +197,7 @@ def test_the_loss_is_the_mean_over_counted_positions() -> None:
     assert loss == pytest.approx((each * mask.numpy().flatten()).sum() / mask.numpy().sum(), rel=1e-5)
 
 
-# --- ways of computing it -----------------------------------------------------------------------------------------------
+# --- ways of computing it ---
 
 
 def assert_same(one: tuple[float, dict[str, np.ndarray]], other: tuple[float, dict[str, np.ndarray]]) -> None:
@@ -249,7 +249,7 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole() -> None:
     np.testing.assert_allclose(np.stack(steps, 1), whole[:, 6:], rtol=1e-3, atol=1e-4)
 
 
-# --- operations against their plain formulas ----------------------------------------------------------------------------
+# --- operations against their plain formulas ---
 
 
 def plain_attention(qkv: paddle.Tensor) -> paddle.Tensor:

@@ -235,8 +235,8 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
     """Numpy leaves room in the header for the length to grow, so it can be written before and after."""
     file.seek(0)
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(file, header)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
 
 
 def _head(files: list[Path], size: int) -> Iterator[str]:
@@ -283,4 +283,3 @@ def _at_character(raw: bytes, *, final: bool) -> tuple[bytes, bytes]:
             needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             return (raw, b"") if back >= needed else (raw[:-back], raw[-back:])
     return raw, b""
-

@@ -15,6 +15,7 @@ from math import lcm
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpt.data.tokens import Array
 from gpt.files import atomic_directory
@@ -45,13 +46,14 @@ def permute(i: Array, n: int, seed: int, epoch: int) -> Array:
     digest = hashlib.sha256(f"order {seed} {epoch}".encode()).digest()
     keys = np.frombuffer(digest, dtype=np.uint64)
 
-    def encrypt(x: Array) -> Array:
+    def encrypt(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         left, right = x >> shift, x & mask
         for key in keys:
             mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        return (left << shift) | right
+        joined: NDArray[np.uint64] = (left << shift) | right
+        return joined
 
     out = encrypt(np.atleast_1d(i).astype(np.uint64))  # numpy warns of wrap-around for scalars only
     while (outside := out >= n).any():

@@ -17,7 +17,9 @@ from gpt.data.tokens import Array, TokenSet
 class _Reader(Protocol):
     """One set's split: sample number to tokens."""
 
-    count: int
+    @property
+    def count(self) -> int:
+        """Samples of one pass."""
 
     def read(self, i: int, into: Array) -> None:
         """Put the L + 1 tokens of sample ``i`` (any number >= 0: sets repeat) into ``into``."""
@@ -92,9 +94,7 @@ class Samples:
         self.seq_len = config.data.seq_len
         self.eot_id = prepared.eot_id if config.data.mask_eot else None
         self.repeat = global_batch_size(config) if config.data.overfit and split is Split.train else None
-        self._readers = [
-            _reader(config, prepared, tokens.load(part.path), split, shuffled) for part in prepared.parts
-        ]
+        self._readers = [_reader(config, prepared, tokens.load(part.path), split, shuffled) for part in prepared.parts]
         self._pattern = order.interleave([part.weight for part in prepared.parts])
         # rank_before[k, r]: samples of set k among the first r of a period.
         one_hot = self._pattern[None, :] == np.arange(len(self._readers))[:, None]

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pre-tokenisation, as tiktoken writes it (possessive, so without backtracking).
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-)
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def train(texts: Iterable[str], vocab: int, path: Path) -> None:
@@ -65,14 +63,10 @@ def load(path: Path) -> tiktoken.Encoding:
         alphabet = _byte_of()
         special = {END_OF_TEXT: vocabulary[END_OF_TEXT]}
         ranks = {
-            bytes(alphabet[c] for c in token): number
-            for token, number in vocabulary.items()
-            if token not in special
+            bytes(alphabet[c] for c in token): number for token, number in vocabulary.items() if token not in special
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a byte-level BPE with {END_OF_TEXT} ({type(error).__name__}: {error})"
-        ) from error
+        raise UserError(f"{path}: not a byte-level BPE with {END_OF_TEXT} ({type(error).__name__}: {error})") from error
     return tiktoken.Encoding("gpt", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 

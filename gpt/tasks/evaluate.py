@@ -10,8 +10,8 @@ from gpt.data.samples import Samples
 from gpt.engine import Engine
 from gpt.files import write_json
 from gpt.log import say
+from gpt.meter import validation
 from gpt.runs import Job
-from gpt.tasks.pretrain import validation
 from gpt.topology import Topology
 
 

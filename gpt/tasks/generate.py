@@ -30,7 +30,8 @@ def run(job: Job) -> int:
     texts = continuations(job, engine, found.tokenizer)
     _record(job, found.state["step"], texts)
     for number, text in enumerate(texts, start=1):
-        say(f"--- sample {number} of {len(texts)} (step {found.state['step']:,}) ---\n{job.config.generate.prompt}{text}")
+        say(f"--- sample {number} of {len(texts)} (step {found.state['step']:,}) ---")
+        say(f"{job.config.generate.prompt}{text}")
     return 0
 
 
@@ -60,7 +61,6 @@ def continuations(job: Job, engine: Engine, vocabulary: Path) -> list[str]:
     return [encoding.decode([t for t in row if t < encoding.n_vocab], errors="replace") for row in rows]
 
 
-@paddle.no_grad()
 def generate(model: GPT, prompt: list[int], settings: Generate, seed: int, eot: int | None) -> list[list[int]]:
     """New tokens of ``settings.num_samples`` independent continuations, end-of-text not included.
 
@@ -75,7 +75,8 @@ def generate(model: GPT, prompt: list[int], settings: Generate, seed: int, eot: 
     for _ in range(settings.max_new_tokens):
         if cache is not None and cache[0][0].shape[1] + 1 > positions:
             new, cache = [row[-(positions // 2 or 1) :] for row in rows], None
-        logits_BV, cache = model.step(paddle.to_tensor(np.array(new, dtype=np.int64)), cache)
+        with paddle.no_grad():
+            logits_BV, cache = model.step(paddle.to_tensor(np.array(new, dtype=np.int64)), cache)
         host_BV = logits_BV.astype("float32").numpy()
         new = []
         for i, rng in enumerate(rngs):
