@@ -160,6 +160,8 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
         return
     if outcome.code == BAD_INPUT:
         raise JobFailed("", BAD_INPUT)
+    if outcome.signal and outcome.code < 0:
+        raise JobFailed(f"ended by {outcome.signal.name} before it could save", 128 + outcome.signal)
     if outcome.code < 0:
         name = signal.Signals(-outcome.code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""

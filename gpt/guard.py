@@ -19,6 +19,10 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals; again after an import that took them (Paddle's does)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 

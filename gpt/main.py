@@ -56,6 +56,8 @@ def main() -> None:
         sys.exit(_said(str(failure), failure.code))
     except cli.CONFIG_ERRORS as error:
         sys.exit(_said(cli.explain(error, sys.argv[1:]), BAD_INPUT))
+    except OSError as error:  # a full or lost disk
+        sys.exit(_said(f"FAILED: {error}", FAILED))
     except KeyboardInterrupt:
         sys.exit(_said("interrupted", 130))
 

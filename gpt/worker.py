@@ -30,7 +30,8 @@ def import_paddle() -> None:
     said = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stderr(said):
         warnings.filterwarnings("ignore", message="No ccache found")
-        import paddle  # noqa: F401
+        import paddle
+    paddle.disable_signal_handler()  # its handler for SIGTERM prints a stack and dies; ours saves
     remarks = [line for line in said.getvalue().splitlines() if "OMP_NUM_THREADS" not in line]
     sys.stderr.write("".join(f"{line}\n" for line in remarks))
 
@@ -43,6 +44,7 @@ def main() -> None:
     signals = Signals()  # from here on a signal is remembered, also during the imports
 
     import_paddle()
+    signals.listen()
     from gpt.config import UserError
     from gpt.runs import Job
 

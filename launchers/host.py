@@ -64,6 +64,8 @@ def problems(config: Config) -> list[str]:
     package = paddle_package()
     if package is None:
         found.append(f"PaddlePaddle is not installed: {INSTALL}")
+    if config.logger.tensorboard and not importlib.util.find_spec("tensorboardX"):
+        found.append("logger.tensorboard needs tensorboardX: pip install tensorboardX")
     device = resolve_device(config)
     if device is Device.gpu and package and package[0] != "paddlepaddle-gpu":
         found.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")

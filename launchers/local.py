@@ -52,11 +52,15 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: the exit code of the first rank that failed, or 0; with that rank's last lines."""
+    """How a job ended: the exit code of the first rank that failed, or 0; with that rank's last lines.
+
+    ``signal`` is what the driver was sent and passed on, if anything.
+    """
 
     code: int
     rank: int = 0
     last_lines: tuple[str, ...] = ()
+    signal: signal.Signals | None = None
 
 
 class Tail:
@@ -106,7 +110,7 @@ def run_workers(
     log_dir.mkdir(parents=True, exist_ok=True)
     tails = [Tail(log_dir / f"worker.{rank}.log") for rank in range(ranks)]
     processes: list[subprocess.Popen[bytes]] = []
-    with _forwarded(processes) as signalled:
+    with _forwarded(processes) as received:
         for rank in range(ranks):
             with open(tails[rank].path, "ab") as log:
                 processes.append(
@@ -121,7 +125,7 @@ def run_workers(
                     )
                 )
         try:
-            failed = _watch(processes, tails[0], signalled, show, poll)
+            failed = _watch(processes, tails[0], received, show, poll)
         finally:
             _end(processes)
     for line in tails[0].lines(final=True):
@@ -130,13 +134,13 @@ def run_workers(
     if failed is None:
         return Outcome(0)
     text = tails[failed].path.read_text(encoding="utf-8", errors="replace")
-    return Outcome(processes[failed].returncode, failed, tuple(text.splitlines()[-LAST_LINES:]))
+    return Outcome(processes[failed].returncode, failed, tuple(text.splitlines()[-LAST_LINES:]), received.number)
 
 
 def _watch(
     processes: list[subprocess.Popen[bytes]],
     tail: Tail,
-    signalled: Callable[[], float | None],
+    received: _Received,
     show: Callable[[str], None],
     poll: Callable[[], None],
 ) -> int | None:
@@ -149,24 +153,32 @@ def _watch(
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None or all(code == 0 for code in codes):
             return failed
-        since = signalled()
-        if since is not None and time.monotonic() - since > GRACE_SECONDS:
+        if received.number and time.monotonic() - received.since > GRACE_SECONDS:
             _kill(processes, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
+@dataclass
+class _Received:
+    """The first signal to the driver."""
+
+    number: signal.Signals | None = None
+    since: float = 0.0
+
+
 @contextlib.contextmanager
-def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[Callable[[], float | None]]:
-    """Pass SIGTERM and Ctrl-C on to the workers, which save and end; a second one kills. Yields when it came."""
-    first: list[float] = []
+def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[_Received]:
+    """Pass SIGTERM and Ctrl-C on to the workers, which save and end; a second one kills."""
+    received = _Received()
 
     def forward(number: int, frame: FrameType | None) -> None:
-        _kill(processes, signal.SIGKILL if first else signal.Signals(number))
-        first.append(time.monotonic())
+        _kill(processes, signal.SIGKILL if received.number else signal.Signals(number))
+        if not received.number:
+            received.number, received.since = signal.Signals(number), time.monotonic()
 
     former = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: first[0] if first else None
+        yield received
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -103,16 +103,16 @@ def test_padded_vocabulary_follows_the_published_table() -> None:
 
 
 BAD = {
-    "heads": (["model.heads=5"], "model.hidden=192 is not divisible by model.heads=5: try model.heads=4"),
+    "heads": (["model.heads=5"], "model.hidden=128 is not divisible by model.heads=5: try model.heads=4"),
     "batch": (["trainer.micro_batch_size=8", "trainer.global_batch_size=12"], "try 8 or 16"),
-    "sequence": (["data.seq_len=512"], "data.seq_len=512 is longer than model.positions=256"),
+    "sequence": (["data.seq_len=512"], "data.seq_len=512 is longer than model.positions=128"),
     "vocabulary": (["data.vocab=5000"], "at most model.vocab=4096"),
     "bytes": (["data.vocab=200"], "at least 257"),
     "range": (["optimizer.lr=0"], "optimizer.lr=0.0: must be more than 0"),
     "steps": (["trainer.max_steps=0"], "trainer.max_steps=0: must be at least 1"),
     "dropout": (["model.dropout=1.0"], "model.dropout=1.0: a probability"),
     "floor": (["schedule.min_lr=1"], "schedule.min_lr=1.0 is above optimizer.lr"),
-    "warm-up": (["schedule.warmup_steps=700"], "schedule.warmup_steps=700 is more than schedule.decay_steps=600"),
+    "warm-up": (["schedule.warmup_steps=700"], "schedule.warmup_steps=700 is more than schedule.decay_steps=300"),
     "betas": (["optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: two numbers"),
     "split": (["data.split=[0,1,0]"], "train above 0"),
     "exempt": (["model.no_recompute_layers=[1]"], "model.recompute=none"),
