@@ -3,6 +3,7 @@
 python -m gpt.main model=345m parallel=single optimizer.lr=1e-4
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from gpt import cli  # noqa: E402
-from gpt.config import UserError  # noqa: E402
+from gpt.config import Config, UserError  # noqa: E402
 from gpt.guard import BAD_INPUT, FAILED  # noqa: E402
 
 STOPPED = (130, 143)
@@ -33,13 +34,25 @@ def _composed(composed: DictConfig) -> float | None:
     config = cli.checked(composed, hydra_config.runtime.choices)
     run_dir = Path(hydra_config.runtime.output_dir)
     if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already
-        driver.gate(config, run_dir)
+        _gate_cell(config, run_dir)
     try:
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
     except driver.JobFailed as failure:
         # SystemExit ends a grid as well, where an Exception would start its next cell.
         if hydra_config.mode is RunMode.RUN or failure.code in STOPPED:
             sys.exit(_said(str(failure), failure.code))
+        raise
+
+
+def _gate_cell(config: Config, run_dir: Path) -> None:
+    """The gate for a cell of a grid, whose directory Hydra has made by now."""
+    from gpt import driver
+
+    try:
+        driver.gate(config, run_dir)
+    except UserError:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # only if it is empty
         raise
 
 

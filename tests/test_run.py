@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, Ran, metrics
 
 from gpt import checkpoint, runs
+from scripts.kill_test import workers_of
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., Ran]
@@ -86,20 +87,6 @@ def wait_for_step(run_dir: Path, step: int, seconds: float = 60) -> None:
             return
         time.sleep(0.01)
     pytest.fail(f"step {step} did not come")
-
-
-def workers_of(run_dir: Path) -> list[int]:
-    """Live worker processes of a run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().split(b"\0")
-            state = (path.parent / "stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        if b"gpt.worker" in command and str(run_dir).encode() in command and state != "Z":
-            found.append(int(path.parent.name))
-    return found
 
 
 def wait_until_gone(run_dir: Path, seconds: float = 20) -> None:

@@ -1,0 +1,55 @@
+"""Every command that the documents show is one that composes and passes the rules."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, composed
+
+from gpt.rules import check
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for line in document.read_text(encoding="utf-8").splitlines():
+            for command in re.findall(r"python -m gpt\.main[^`#|&]*", line):
+                found.append((document.name, command.strip()))
+    return found
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize(("document", "command"), commands())
+def test_a_documented_command_composes(document: str, command: str) -> None:
+    words = shlex.split(command)[3:]
+    overrides = [w for w in words if not w.startswith("-")]
+    if "-m" in words:
+        overrides = [o.split(",")[0] for o in overrides]
+    config, choices = composed([o for o in overrides if "..." not in o and not o.startswith("hydra.")])
+    assert check(config, choices)[1] == [], command
+
+
+def test_links_lead_to_files() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_scripts_that_documents_name_exist() -> None:
+    for document in DOCUMENTS:
+        for path in re.findall(r"\b(?:scripts|gpt|tests|launchers|conf)/[\w./]+\.\w+", document.read_text()):
+            assert (ROOT / path).exists(), f"{document.name}: {path}"
+
+
+def test_no_file_is_long() -> None:
+    for folder in ("gpt", "launchers", "scripts", "tests"):
+        for path in Path(ROOT / folder).rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= 380, path
