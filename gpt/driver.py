@@ -42,7 +42,7 @@ def gate(config: Config, run_dir: Path) -> None:
         return
     problems = unsupported(config) + host.problems(config)
     if config.task is Task.pretrain:
-        problems += corpus.check(config)
+        problems += corpus.check(config) + runs.conflicts(run_dir, config)
     else:
         _trained(config, run_dir)
     if problems:
@@ -204,12 +204,17 @@ def _sum_up(job: Job, console: Console) -> float | None:
         [
             (f"{command} task=generate {run} generate.prompt='import '", "continue a prompt"),
             (f"{command} task=evaluate {run} evaluate.split=test", "measure on the test split"),
-            (f"{shlex.join(job.command)} {run} trainer.max_steps={more}", "train on"),
+            (f"{_again(job.command)} {run} trainer.max_steps={more}", "train on"),
             (f"{command} task=plan model=1.3b parallel=dp8", "what would a bigger model need?"),
         ]
     )
     value = result.get("val/loss")
     return float(value) if value is not None else None
+
+
+def _again(command: list[str]) -> str:
+    """The command without the keys that are given anew."""
+    return shlex.join(w for w in command if not w.startswith(("hydra.run.dir=", "trainer.max_steps=")))
 
 
 def _short(path: Path) -> Path:

@@ -163,17 +163,35 @@ class Decision:
     aside: Path | None = None  # earlier work is moved there before the start
 
 
+def conflicts(run_dir: Path, config: Config) -> list[str]:
+    """What keeps a training command out of ``run_dir``, as far as can be said without the data."""
+    if config.trainer.resume is Resume.must and not checkpoint_steps(run_dir):
+        return [f"trainer.resume=must, but there is no checkpoint in {run_dir}"]
+    if config.trainer.resume is Resume.never or not (run_dir / "job.json").exists():
+        return []
+    try:
+        earlier = Job.read(run_dir).config.model
+    except UserError as error:
+        return [f"{error}; choose another hydra.run.dir=..."]
+    was, now = dataclasses.asdict(earlier), dataclasses.asdict(config.model)
+    differing = [f"model.{k} is {was[k]} there and {now[k]} here" for k in SHAPE_KEYS if was[k] != now[k]]
+    return [_another(run_dir, "; ".join(differing))] if differing else []
+
+
+def _another(run_dir: Path, why: str) -> str:
+    return (
+        f"{run_dir} holds another run: {why}: choose another hydra.run.dir=..., "
+        "or trainer.resume=never to start afresh (the old run is kept beside it)"
+    )
+
+
 def decide(run_dir: Path, config: Config, data: Prepared) -> Decision:
-    """Decide what a training command may do in ``run_dir``; nothing is touched.
+    """Decide what a training command may do in ``run_dir``, after ``conflicts``; nothing is touched.
 
     Raises:
-        UserError: earlier work there does not fit this command.
+        UserError: earlier work there is on other data.
     """
-    exists = (run_dir / "job.json").exists()
-    steps = checkpoint_steps(run_dir)
-    if config.trainer.resume is Resume.must and not steps:
-        raise UserError(f"trainer.resume=must, but there is no checkpoint in {run_dir}")
-    if not exists:
+    if not (run_dir / "job.json").exists():
         return Decision(True, [])
     if config.trainer.resume is Resume.never:
         number = 1
@@ -181,7 +199,10 @@ def decide(run_dir: Path, config: Config, data: Prepared) -> Decision:
             number += 1
         return Decision(True, [f"starting afresh; the earlier run is now in {aside}"], aside)
     earlier = Job.read(run_dir)
-    _refuse_mismatch(run_dir, earlier, config, data)
+    if earlier.data.tokenizer_digest != data.tokenizer_digest:
+        raise UserError(_another(run_dir, "its tokenizer is another one (the text or its files changed)"))
+    if earlier.data.fingerprint != data.fingerprint:
+        raise UserError(_another(run_dir, "its data is not this data (the text or the token files changed)"))
     result = read_result(run_dir)
     if result and result.get("status") == "done" and result["step"] >= config.trainer.max_steps:
         figures = ", ".join(f"{k} {v:.4f}" for k, v in result.items() if k.endswith("/loss") and v is not None)
@@ -190,20 +211,6 @@ def decide(run_dir: Path, config: Config, data: Prepared) -> Decision:
         return Decision(False, [done])
     messages = [f"changed since this run began: {change}" for change in changes(earlier.config, config)]
     return Decision(True, messages)
-
-
-def _refuse_mismatch(run_dir: Path, earlier: Job, config: Config, data: Prepared) -> None:
-    was, now = dataclasses.asdict(earlier.config.model), dataclasses.asdict(config.model)
-    problems = [f"model.{k} is {was[k]} there and {now[k]} here" for k in SHAPE_KEYS if was[k] != now[k]]
-    if earlier.data.tokenizer_digest != data.tokenizer_digest:
-        problems.append("its tokenizer is another one (the text or its files changed)")
-    elif earlier.data.fingerprint != data.fingerprint:
-        problems.append("its data is not this data (the text or the token files changed)")
-    if problems:
-        raise UserError(
-            f"{run_dir} holds another run: {'; '.join(problems)}: "
-            "choose another hydra.run.dir=..., or trainer.resume=never to start afresh (the old run is kept beside it)"
-        )
 
 
 def truncate_metrics(run_dir: Path, step: int) -> None:

@@ -192,7 +192,10 @@ def ask(child: subprocess.Popen[str]) -> dict[str, float]:
     assert child.stdout
     child.stdin.write("step\n")
     child.stdin.flush()
-    answer: dict[str, float] = json.loads(child.stdout.readline())
+    line = child.stdout.readline()
+    if not line:
+        raise SystemExit(f"a variant died (out of memory? try fewer --variants): {child.args}")
+    answer: dict[str, float] = json.loads(line)
     return answer
 
 

@@ -222,7 +222,7 @@ def test_must_resume_or_fail(gpt: Run, small: list[str], tmp_path: Path) -> None
     ran = gpt(*small, "hydra.run.dir=run", "trainer.resume=must")
     assert ran.code == 2
     assert "there is no checkpoint in" in ran.err
-    assert not (tmp_path / "run" / "job.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 # --- interrupted ---

@@ -91,7 +91,8 @@ class Session:
         """Send the step's record everywhere."""
         for sink in self.sinks:
             sink.write(record)
-        if "val/loss" in record or self.due(self.job.config.trainer.log_every):
+        first = self.step == self.first_step + 1
+        if first or "val/loss" in record or self.due(self.job.config.trainer.log_every):
             self.meter.show(record)
 
     def due(self, every: int) -> bool:
