@@ -20,7 +20,7 @@ from gpt.config import Config, Data, DataKind, UserError
 from gpt.data import tokenizer, tokens
 from gpt.files import Lock, atomic_directory, write_atomic
 
-CORPUS_VERSION = 1
+CORPUS_VERSION = 2
 REMEMBER_FROM_TOKENS = 1 << 30
 GPT2_EOT = 50256  # end-of-text of the published sets
 PIECE_BYTES = 64 * 1024  # a longer file becomes several documents, so that it can be split and streamed
@@ -154,7 +154,8 @@ def _text_files(data: Data) -> list[Path]:
     """The source files, in an order by hash of their names: a split by position is then a fair sample."""
     if data.kind is DataKind.stdlib:
         root = Path(sysconfig.get_path("stdlib"))
-        skip = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "config"}
+        # Tests, and tables of characters, which are no one's idea of text.
+        skip = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib2to3", "encodings", "pydoc_data"}
         found = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
     else:
         root = Path(str(data.path))
