@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt import plan, runs
-from gpt.config import Config, Task, UserError, world_size
+from gpt.config import Config, Split, Task, UserError, world_size
 from gpt.console import Console
 from gpt.data import corpus
+from gpt.data.samples import Samples
 from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED
 from gpt.optim import lr_at
@@ -83,6 +84,9 @@ def show_plan(config: Config, console: Console) -> None:
 
 def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:
     data = corpus.prepare(config, console.note)
+    for split in (Split.train, Split.val):
+        if config.data.split[list(Split).index(split)] > 0:
+            Samples(config, data, split)  # a split too small for a sample is an error before anything is started
     with _locked(run_dir, console) as lock:
         decision = runs.decide(run_dir, config, data)
         if decision.aside:

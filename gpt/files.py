@@ -78,9 +78,9 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a crash left unfinished in ``folder``."""
-    for path in folder.glob(f"{TEMPORARY}*") if folder.is_dir() else ():
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Delete what a crash left unfinished in ``folder`` (of what was to be called ``name``)."""
+    for path in folder.glob(f"{TEMPORARY}{name}*") if folder.is_dir() else ():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

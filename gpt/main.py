@@ -18,7 +18,7 @@ from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config, UserError  # noqa: E402
+from gpt.config import UserError  # noqa: E402
 from gpt.guard import BAD_INPUT, FAILED  # noqa: E402
 
 STOPPED = (130, 143)
@@ -33,10 +33,13 @@ def _composed(composed: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     config = cli.checked(composed, hydra_config.runtime.choices)
     run_dir = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already
-        _gate_cell(config, run_dir)
     try:
+        if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already
+            driver.gate(config, run_dir)
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
+    except UserError:
+        _remove_if_empty(run_dir)  # Hydra has made it by now
+        raise
     except driver.JobFailed as failure:
         # SystemExit ends a grid as well, where an Exception would start its next cell.
         if hydra_config.mode is RunMode.RUN or failure.code in STOPPED:
@@ -44,16 +47,11 @@ def _composed(composed: DictConfig) -> float | None:
         raise
 
 
-def _gate_cell(config: Config, run_dir: Path) -> None:
-    """The gate for a cell of a grid, whose directory Hydra has made by now."""
-    from gpt import driver
-
-    try:
-        driver.gate(config, run_dir)
-    except UserError:
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # only if it is empty
-        raise
+def _remove_if_empty(folder: Path) -> None:
+    """Together with the folder around it, if that is then empty too."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def main() -> None:

@@ -194,7 +194,7 @@ def ask(child: subprocess.Popen[str]) -> dict[str, float]:
     child.stdin.flush()
     line = child.stdout.readline()
     if not line:
-        raise SystemExit(f"a variant died (out of memory? try fewer --variants): {child.args}")
+        raise SystemExit(f"a variant died (out of memory? try fewer --variants): {child.args!r}")
     answer: dict[str, float] = json.loads(line)
     return answer
 

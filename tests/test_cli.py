@@ -72,6 +72,16 @@ def test_damaged_data_is_found_before_anything_is_created(gpt: Run, tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == ["x_ids.npy", "x_idx.npz"]
 
 
+def test_a_text_too_short_for_a_sample_is_an_error_before_anything_is_created(gpt: Run, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("a few words\n" * 100)
+    for mode in ([], ["-m"]):
+        ran = gpt(*mode, "data=text", "data.path=x.txt")
+        assert ran.code == 2, ran.text
+        assert "too few for one sample of data.seq_len=128" in ran.err
+        assert "job.json" not in str(list(tmp_path.rglob("*")))
+    assert not (tmp_path / "outputs" / "tiny*").exists()
+
+
 def test_a_plan_needs_neither_paddle_nor_a_device(gpt: Run, tmp_path: Path) -> None:
     (tmp_path / "paddle.py").write_text("raise RuntimeError('imported')")
     ran = gpt("task=plan", "model=175b", "parallel=mp8_pp16", env={"PYTHONPATH": f"{ROOT}:{tmp_path}"})

@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt.config import Config, Data, DataKind, UserError
 from gpt.data import tokenizer, tokens
-from gpt.files import Lock, atomic_directory, write_atomic
+from gpt.files import Lock, atomic_directory, remove_leftovers, write_atomic
 
 CORPUS_VERSION = 2
 REMEMBER_FROM_TOKENS = 1 << 30
@@ -193,6 +193,7 @@ def _tokenised(data: Data, say: Callable[[str], None]) -> Path:
         say("another process is preparing this text; waiting for it")
         lock.acquire(float("inf"))
     try:
+        remove_leftovers(folder.parent, folder.name)
         if not _complete(folder):
             with atomic_directory(folder) as fresh:
                 _tokenise(files, data.vocab, fresh, say)
