@@ -53,7 +53,7 @@ def main() -> None:
     """Run, kill, resume, compare; exit code 1 if the ends differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-test-"))
