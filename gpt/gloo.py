@@ -121,15 +121,19 @@ class _Group:
         self._raw = raw
         self.outgoing: dict[int, _Sender] = {}  # by rank in this group; for pipelines only
         self.incoming: dict[int, tuple[Any, int]] = {}
+        self._postponed: list[tuple[Tensor, int]] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._raw, name)
 
     def _start_coalescing(self) -> None:
-        """Gloo has none."""
+        """What follows counts as one: all sends are under way before the first receive waits."""
+        self._postponed = []
 
     def _end_coalescing(self, tasks: Any = None) -> None:
-        """Gloo has none."""
+        postponed, self._postponed = self._postponed or [], None
+        for tensor, source in postponed:
+            self.recv(tensor, source)
 
     def all_reduce_on_calc_stream(self, tensor: Tensor, op: Any) -> Any:
         return self._raw.all_reduce(tensor, op, True).wait()
@@ -148,6 +152,9 @@ class _Group:
         return sender.send(tensor) if sender else self._raw.send(tensor, to, sync)
 
     def recv(self, tensor: Tensor, source: int, sync: bool = True) -> Any:
+        if self._postponed is not None:
+            self._postponed.append((tensor, source))
+            return _Done()
         group, rank = self.incoming.get(source, (self._raw, source))
         group.recv(tensor, rank, True).wait()
         return _Done()

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -273,7 +275,9 @@ def _join(config: Config) -> Any:
         from gpt import gloo
 
         gloo.prepare()
-    fleet.init(is_collective=True, strategy=strategy)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a table of flags
+        warnings.filterwarnings("ignore", message="Current global rank .* is not in group")
+        fleet.init(is_collective=True, strategy=strategy)
     hcg = fleet.get_hybrid_communicate_group()
     if on_cpu:
         gloo.link(hcg, ring=parallel.virtual_pp_degree > 1)

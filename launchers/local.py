@@ -44,6 +44,7 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
         **host.mkl_settings(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "PYTHONUNBUFFERED": "1",
+        "GLOG_minloglevel": "1",  # Paddle's C++ side otherwise reports every connection
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
         "GPT_DRIVER_PID": str(os.getpid()),
         "GPT_LIVE": "1" if live else "",

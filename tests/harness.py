@@ -31,7 +31,7 @@ class RankFailedError(Exception):
 def environment() -> dict[str, str]:
     """Of every rank: one thread each, and nothing of a job that these tests may themselves be part of."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PADDLE_", "FLAGS_"))}
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOG_minloglevel": "1"}
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     return {**kept, **one_thread, **host.mkl_settings(), "PYTHONPATH": path}
 
