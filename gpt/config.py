@@ -6,6 +6,7 @@ and a laptop can plan a 175B run without the other. The rules between fields: ``
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -329,6 +330,12 @@ def micro_batch_size(config: Config) -> int:
 def accumulate_steps(config: Config) -> int:
     """Micro batches that one replica adds up before a step."""
     return global_batch_size(config) // (micro_batch_size(config) * replicas(config))
+
+
+def one_rank(config: Config) -> Config:
+    """The same job with all degrees 1."""
+    alone = Parallel(1, 1, config.parallel.sharding_stage, 1, 1, 1, False)
+    return dataclasses.replace(config, parallel=alone)
 
 
 def padded_vocab(config: Config) -> int:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt import plan, runs
-from gpt.config import Config, Split, Task, UserError, world_size
+from gpt.config import Config, Split, Task, UserError, one_rank, world_size
 from gpt.console import Console
 from gpt.data import corpus
 from gpt.data.samples import Samples
@@ -125,6 +125,8 @@ def _trained(config: Config, run_dir: Path) -> Job:
         raise UserError(f"{run_dir}: no checkpoint yet; train first (the same command without task=)")
     for name in ("task", "evaluate", "generate", "cluster", "precision"):
         setattr(job.config, name, getattr(config, name))
+    if config.task is Task.generate:
+        job.config.parallel = one_rank(job.config).parallel  # whatever topology it was trained on
     return job
 
 
@@ -153,7 +155,7 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     with console.progress(job.config.trainer.max_steps if training else None) as progress:
         outcome = local.run_workers(
             ["-m", "gpt.worker", str(job.run_dir), str(file)],
-            world_size(job.config),
+            local.places(world_size(job.config), job.config.cluster.device),
             job.run_dir / "logs",
             local.environment(job.config, world_size(job.config), live=progress.live),
             show=progress.line,

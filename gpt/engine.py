@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import paddle
 
-from gpt import optim
-from gpt.checkpoint import Arrays
+from gpt import exchange, optim, whole
 from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro_batch_size
 from gpt.data.samples import Batch, Samples
 from gpt.guard import require_finite
 from gpt.model import GPT
-from gpt.topology import Topology, derive_seed
+from gpt.topology import Topology
+from gpt.whole import Arrays
 
 PADDLE_DTYPE = {DType.fp32: "float32", DType.bf16: "bfloat16", DType.fp16: "float16"}
 FIRST_LOSS_SCALE = 32768.0
@@ -42,16 +42,26 @@ class Engine:
     def __init__(self, config: Config, topology: Topology, *, train: bool = True) -> None:
         self.config = config
         self.topology = topology
-        self.model = GPT(config, topology)
-        self.parameters = self.model.logical_parameters()
+        self.pipelined = topology.parallel.pp_degree > 1
+        self.model: Any = self._build()
+        self.parameters: dict[str, paddle.Tensor] = self.model.logical_parameters()
+        self.owner = exchange.owners(self.parameters, topology.parallel.sharding_degree)
+        self.owned = {n: p for n, p in self.parameters.items() if self.owner[n] == topology.sharding_rank}
         self.low_precision = config.precision.dtype is not DType.fp32
         self.optimizer: Any = None
         self.scaler: Any = None
         if train:
             self.model.initialise()
-            self.optimizer = optim.build(self.parameters, config.optimizer, master_weights=self.low_precision)
+            self.optimizer = optim.build(self.owned, config.optimizer, master_weights=self.low_precision)
         if self.low_precision:
             self._lower_precision()
+
+    def _build(self) -> Any:
+        if not self.pipelined:
+            return GPT(self.config, self.topology)
+        from gpt.pipeline import Pipeline
+
+        return Pipeline(self.config, self.topology)
 
     def _lower_precision(self) -> None:
         dtype = PADDLE_DTYPE[self.config.precision.dtype]
@@ -75,30 +85,46 @@ class Engine:
         config = self.config
         lr = optim.lr_at(number, config.optimizer.lr, config.schedule)
         size = global_batch_size(config)
-        batch = samples.batch((number - 1) * size, size)
-        count = max(float(batch.mask_BT.sum()), 1.0)
+        share = size // self.topology.replicas
+        batch = samples.batch((number - 1) * size + self.topology.replica * share, share)
+        (count,) = self.topology.totals(self._said(float(batch.mask_BT.sum())))
 
         self.model.train()
-        loss = 0.0
-        micro = micro_batch_size(config)
-        for i in range(accumulate_steps(config)):
-            rows = slice(i * micro, (i + 1) * micro)
-            paddle.seed(derive_seed(config.seed, "dropout", number, i))
-            with self._autocast():
-                part = self.model.loss(*_tensors(batch, rows), count)
-            (self.scaler.scale(part) if self.scaler else part).backward()
-            loss += part.item()
-
+        own_loss = self._accumulate(number, batch, max(count, 1.0))
+        parameters = list(self.parameters.values())
+        exchange.sum_gradients(self.topology, parameters)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        parameters = list(self.parameters.values())
-        norm = optim.global_norm(parameters)
+        loss, norm = exchange.loss_and_norm(self.topology, self._said(own_loss), self.parameters)
         require_finite(number, loss, None if self.scaler else norm)
         optim.clip(parameters, norm, config.optimizer.clip_norm)
         self.optimizer.set_lr(lr)
         self._update()
-        self.optimizer.clear_grad(set_to_zero=False)
+        for p in parameters:
+            p.clear_gradient(False)
         return StepResult(loss, norm, lr, self.scaler.get_init_loss_scaling() if self.scaler else None)
+
+    def _said(self, value: float) -> float:
+        """What this rank gives to a sum over replicas."""
+        return value if self.topology.speaks else 0.0
+
+    def _accumulate(self, number: int, batch: Batch, count: float) -> float:
+        """Forward and backward over this replica's micro batches, numbered as in the whole batch; their loss."""
+        loss, micro, steps = 0.0, micro_batch_size(self.config), accumulate_steps(self.config)
+        masks = (self.config.seed, "dropout", number)
+        first = self.topology.replica * steps
+        cuts = [slice(i * micro, (i + 1) * micro) for i in range(steps)]
+        if self.pipelined:
+            with self._autocast():
+                micros = [_staged(batch, rows, count) for rows in cuts]
+                return float(self.model.forward_backward(micros, (*masks, first), self.scaler))
+        for i, rows in enumerate(cuts):
+            self.topology.seed(*masks, first + i)
+            with self._autocast():
+                part = self.model.loss(*_tensors(batch, rows), count)
+            (self.scaler.scale(part) if self.scaler else part).backward()
+            loss += part.item()
+        return loss
 
     def _update(self) -> None:
         if self.scaler:
@@ -106,6 +132,8 @@ class Engine:
             self.scaler.update()
         else:
             self.optimizer.step()
+        if self.topology.parallel.sharding_degree > 1:
+            exchange.share_updates(self.topology, self.parameters, self.owner)
 
     def evaluate(self, samples: Samples, batches: int) -> float:
         """Mean loss per counted token over the first ``batches`` global batches (at most one pass).
@@ -116,23 +144,51 @@ class Engine:
         total, counted = 0.0, 0.0
         micro = micro_batch_size(self.config)
         last = min(batches * global_batch_size(self.config), len(samples))
-        for first in range(0, last, micro):
-            batch = samples.batch(first, min(micro, last - first))
-            count = float(batch.mask_BT.sum())
-            if count:
-                with paddle.no_grad(), self._autocast():
-                    mean = self.model.loss(*_tensors(batch, slice(None)), count)
-                total += mean.item() * count
-                counted += count
+        firsts = range(self.topology.replica * micro, last, micro * self.topology.replicas)
+        together = accumulate_steps(self.config) if self.pipelined else 1
+        for i in range(0, len(firsts), together):
+            some = [samples.batch(first, min(micro, last - first)) for first in firsts[i : i + together]]
+            total += self._staged_losses(some) if self.pipelined else self._losses(some[0])
+            counted += sum(float(batch.mask_BT.sum()) for batch in some)
+        total, counted = self.topology.totals(self._said(total), self._said(counted))
         return total / max(counted, 1.0)
 
-    def state(self) -> tuple[Arrays, Arrays, dict[str, Any]]:
-        """Copies on the host: parameters in float32, optimizer slots, and the small rest."""
+    def _losses(self, batch: Batch) -> float:
+        """Sum over the counted tokens."""
+        count = float(batch.mask_BT.sum())
+        if not count:
+            return 0.0
+        with paddle.no_grad(), self._autocast():
+            mean = self.model.loss(*_tensors(batch, slice(None)), count)
+        return float(mean.item() * count)
+
+    def _staged_losses(self, batches: list[Batch]) -> float:
+        """The same through the pipeline, which wants a whole round of whole micro batches."""
+        full = [batch.padded(micro_batch_size(self.config)) for batch in batches]
+        full += [full[0].masked()] * (accumulate_steps(self.config) - len(full))
+        with paddle.no_grad(), self._autocast():
+            return float(self.model.evaluate([_staged(batch, slice(None), 1.0) for batch in full]))
+
+    def _answers_for(self) -> dict[str, paddle.Tensor]:
+        """Parameters that this rank gives to a checkpoint, with their slots."""
+        if not self.topology.answers:
+            return {}
+        return {name: p for name, p in self.owned.items() if not self.topology.is_tied_copy(name)}
+
+    def weights(self) -> Arrays:
+        """Copies on the host, on rank 0 (elsewhere nothing): parameters in float32. Every rank must call it."""
+        here = self._answers_for()
         master = self.optimizer.state_dict().get("master_weights", {})
-        model = {name: master.get(p.name, p).numpy() for name, p in self.parameters.items()}
-        slots = {k: v.numpy() for k, v in optim.state_of(self.optimizer, self.parameters).items()}
-        scaler = self.scaler.state_dict() if self.scaler else None
-        return model, slots, {"scaler": _plain(scaler)}
+        values = {name: master.get(p.name, p) for name, p in here.items()}
+        return whole.gather(self.topology, self.config, values, here)
+
+    def state(self) -> tuple[Arrays, Arrays, dict[str, Any]]:
+        """``weights``, the optimizer's slots in the same way, and the small rest. Every rank must call it."""
+        here = self._answers_for()
+        slots = optim.state_of(self.optimizer, self.owned)
+        slots = {key: value for key, value in slots.items() if key.rsplit(".", 1)[0] in here}
+        rest = {"scaler": _plain(self.scaler.state_dict() if self.scaler else None)}
+        return self.weights(), whole.gather(self.topology, self.config, slots, here), rest
 
     def load(self, model: Arrays, slots: Arrays | None, rest: dict[str, Any]) -> None:
         """Take over a checkpoint; without ``slots`` the parameters only.
@@ -140,17 +196,27 @@ class Engine:
         Raises:
             ValueError: names or shapes are not those of this model.
         """
-        if set(model) != set(self.parameters):
-            odd = sorted(set(model) ^ set(self.parameters))
+        shapes = whole.shapes(self.config)
+        if set(model) != set(shapes):
+            odd = sorted(set(model) ^ set(shapes))
             raise ValueError(f"the checkpoint is of another model: {odd[:5]}")
+        for name, shape in shapes.items():
+            if list(model[name].shape) != shape:
+                raise ValueError(f"{name} has shape {list(model[name].shape)} there and {shape} here")
+        own = {name: whole.part(self.topology, name, model[name], p) for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            if list(model[name].shape) != list(p.shape):
-                raise ValueError(f"{name} has shape {list(model[name].shape)} there and {list(p.shape)} here")
-            p.set_value(paddle.to_tensor(model[name]).astype(p.dtype))
+            p.set_value(paddle.to_tensor(own[name]).astype(p.dtype))
         if slots is not None:
-            optim.restore(self.optimizer, self.parameters, slots, model if self.low_precision else {})
+            owned = whole.parts(self.topology, slots, self.owned)
+            optim.restore(self.optimizer, self.owned, owned, own if self.low_precision else {})
         if self.scaler and rest.get("scaler"):
             self.scaler.load_state_dict(rest["scaler"])
+
+
+def _staged(batch: Batch, rows: slice, count: float) -> Any:
+    """A micro batch as the pipeline's stages want it."""
+    inputs, labels, mask = _tensors(batch, rows)
+    return inputs, (labels, mask / count)
 
 
 def _tensors(batch: Batch, rows: slice) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:

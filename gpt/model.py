@@ -29,6 +29,7 @@ class Attention(nn.Layer):  # type: ignore[misc]
         self.heads = m.heads // topology.parallel.mp_degree
         self.size = m.hidden // m.heads
         self.dropout = m.attention_dropout
+        self.topology = topology
         self.recompute_core = recompute_core
         self.qkv = topology.column_linear(m.hidden, 3 * m.hidden)
         self.out = topology.row_linear(m.hidden, m.hidden)
@@ -39,10 +40,14 @@ class Attention(nn.Layer):  # type: ignore[misc]
         qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
         dropout = self.dropout if self.training else 0.0
         if self.recompute_core and self.training:
-            mixed_BTND = recompute(ops.causal_attention, qkv_BTNE, dropout)
+            mixed_BTND = recompute(self._mix, qkv_BTNE, dropout)
         else:
-            mixed_BTND = ops.causal_attention(qkv_BTNE, dropout)
+            mixed_BTND = self._mix(qkv_BTNE, dropout)
         return self.out(mixed_BTND.reshape([B, T, self.heads * self.size]))
+
+    def _mix(self, qkv_BTNE: Tensor, dropout: float) -> Tensor:
+        with self.topology.own_masks():
+            return ops.causal_attention(qkv_BTNE, dropout)
 
     def step(self, x_BTH: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The same for new positions after ``past`` ones, without dropout; returns the longer past too."""
@@ -61,6 +66,7 @@ class Block(nn.Layer):  # type: ignore[misc]
     def __init__(self, config: Config, topology: Topology, number: int) -> None:
         super().__init__()
         m = config.model
+        self.number = number
         exempt = number in m.no_recompute_layers
         self.recompute = Recompute.none if exempt else m.recompute
         self.dropout = m.dropout
@@ -96,6 +102,16 @@ class Block(nn.Layer):  # type: ignore[misc]
         return x_BTH + self._mlp(self.norm2(x_BTH)), past
 
 
+def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
+    """Matrices and tables N(0, init_std), projections into the residual stream as configured, the rest as is."""
+    m = config.model
+    for name, p in parameters.items():
+        if name.endswith(".weight") and ".norm" not in f".{name}":
+            into_residual = name.endswith((".out.weight", ".fc2.weight")) and m.scale_output_init
+            std = m.init_std / math.sqrt(2 * m.layers) if into_residual else m.init_std
+            p.set_value(topology.part(initial_value(config.seed, name, topology.whole_shape(p), std), p))
+
+
 class GPT(nn.Layer):  # type: ignore[misc]
     """The whole model.
 
@@ -108,6 +124,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
         super().__init__()
         m = config.model
         self.config = config
+        self.topology = topology
         self.word = topology.embedding(padded_vocab(config), m.hidden)
         self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
         self.layers = nn.LayerList([Block(config, topology, i) for i in range(m.layers)])
@@ -118,15 +135,8 @@ class GPT(nn.Layer):  # type: ignore[misc]
         return dict(self.named_parameters())
 
     def initialise(self) -> None:
-        """Matrices and tables N(0, init_std), projections into the residual stream as configured, the rest as is."""
-        for name, p in self.logical_parameters().items():
-            if name.endswith(".weight") and ".norm" not in f".{name}":
-                p.set_value(initial_value(self.config.seed, name, list(p.shape), self._init_std(name)))
-
-    def _init_std(self, name: str) -> float:
-        m = self.config.model
-        into_residual = name.endswith((".out.weight", ".fc2.weight"))
-        return m.init_std / math.sqrt(2 * m.layers) if into_residual and m.scale_output_init else m.init_std
+        """Give every parameter its first value."""
+        initialise(self.config, self.topology, self.logical_parameters())
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states BTH of int64 tokens BT."""
@@ -151,7 +161,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
         x_MH = self.hidden(tokens_BT).reshape([-1, self.config.model.hidden])
         labels_M, mask_M = labels_BT.flatten(), mask_BT.flatten() / count
         m = self.config.model
-        return ops.head_loss(x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
+        return self.topology.head_loss(x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
 
     def _head(self, x: Tensor) -> Tensor:
         return ops.logits(x, self.word.weight, self.config.model.vocab)

@@ -5,31 +5,42 @@ This is the only module that may start Paddle's fleet, and the one place the mod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt.config import Config, Device, Parallel, UserError
+from gpt.config import Config, Device, DType, Parallel, UserError, accumulate_steps, micro_batch_size, world_size
+from gpt.data.tokens import Array
 
 if TYPE_CHECKING:
     import paddle
 
 
+WORD = "word.weight"  # the table that the head is tied to
+
+
 def unsupported(config: Config) -> list[str]:
     """What this version cannot run, in the words a user needs; a plan of it is still possible."""
     parallel = config.parallel
-    degrees = {
-        "dp_degree": parallel.dp_degree,
-        "sharding_degree": parallel.sharding_degree,
-        "mp_degree": parallel.mp_degree,
-        "pp_degree": parallel.pp_degree,
-    }
-    above = " ".join(f"parallel.{name}={degree}" for name, degree in degrees.items() if degree > 1)
-    if not above:
-        return []
-    return [f"{above}: this version trains on one rank; use parallel=single (task=plan works for every preset)"]
+    found = []
+    if parallel.sharding_degree > 1 and parallel.sharding_stage > 1:
+        found.append(
+            f"parallel.sharding_stage={parallel.sharding_stage}: this version shards the optimizer's state only; "
+            "use parallel.sharding_stage=1 (task=plan works for every preset)"
+        )
+    if parallel.sequence_parallel:
+        found.append(
+            "parallel.sequence_parallel=true: not in this version; use parallel.sequence_parallel=false and "
+            "model.recompute=full if memory is short (task=plan works for every preset)"
+        )
+    if config.precision.dtype is DType.fp16 and world_size(config) > 1:
+        found.append("precision=fp16 on several ranks: loss scaling is not agreed among them; use precision=bf16")
+    return found
 
 
 def derive_seed(*parts: Any) -> int:
@@ -43,7 +54,7 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
 
 
-def initial_value(seed: int, name: str, shape: list[int], std: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+def initial_value(seed: int, name: str, shape: list[int], std: float) -> Array:
     """N(0, std^2) for a parameter's whole shape, from the seed and its logical name only.
 
     A rank that holds a slice takes it from the whole, so initial weights are the same on every topology.
@@ -57,18 +68,26 @@ def initial_value(seed: int, name: str, shape: list[int], std: float) -> np.ndar
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. ``device`` is resolved: cpu or gpu."""
+    """This rank's place. One rank is all degrees 1 and no groups.
+
+    Attributes:
+        parallel: the degrees.
+        device: resolved: cpu or gpu.
+        rank: among all.
+        hcg: Fleet's HybridCommunicateGroup, which knows the groups; None on one rank.
+    """
 
     parallel: Parallel
     device: Device
     rank: int = 0
+    hcg: Any = None
 
     @classmethod
     def connect(cls, config: Config) -> Topology:
-        """Choose the device and join the other ranks.
+        """Choose the device and join the other ranks, whose places are in the environment.
 
         Raises:
-            UserError: the degrees need more ranks than this version runs.
+            UserError: this version cannot run the degrees.
         """
         import paddle
 
@@ -76,22 +95,192 @@ class Topology:
         if problems:
             raise UserError.of(problems)
         paddle.set_device(config.cluster.device.value)
-        return cls(config.parallel, config.cluster.device)
+        if world_size(config) == 1:
+            return cls(config.parallel, config.cluster.device)
+        hcg = _join(config)
+        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg)
+
+    @property
+    def replicas(self) -> int:
+        """Model replicas, which read different samples."""
+        return self.parallel.dp_degree * self.parallel.sharding_degree
+
+    @property
+    def replica(self) -> int:
+        """The model replica that this rank is of."""
+        if self.hcg is None:
+            return 0
+        degree = self.parallel.sharding_degree
+        return int(self.hcg.get_data_parallel_rank() * degree + self.hcg.get_sharding_parallel_rank())
+
+    @property
+    def mp_rank(self) -> int:
+        """Which slice of split weights this rank has."""
+        return int(self.hcg.get_model_parallel_rank()) if self.hcg else 0
+
+    @property
+    def stage(self) -> int:
+        """Place in the pipeline."""
+        return int(self.hcg.get_stage_id()) if self.hcg else 0
+
+    @property
+    def sharding_rank(self) -> int:
+        """Place among the ranks that share out the optimizer's state."""
+        return int(self.hcg.get_sharding_parallel_rank()) if self.hcg else 0
+
+    @property
+    def answers(self) -> bool:
+        """Whether this rank gives its arrays to a checkpoint: data parallel ranks have the same ones."""
+        return self.hcg is None or self.hcg.get_data_parallel_rank() == 0
+
+    def is_tied_copy(self, name: str) -> bool:
+        """Whether this rank has the word table only for the head, on the last stage; it is the first stage's."""
+        return name == WORD and self.stage > 0
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank gives its replica's loss and count: the ranks of one replica know the same or nothing."""
+        return self.mp_rank == 0 and self.stage == self.parallel.pp_degree - 1
+
+    @property
+    def mp_group(self) -> Any:
+        """Ranks that share out split weights."""
+        return self.hcg.get_model_parallel_group()
+
+    @property
+    def replica_groups(self) -> list[Any]:
+        """Groups over which, one after the other, a sum is the sum over all replicas."""
+        if self.hcg is None:
+            return []
+        groups = (self.hcg.get_data_parallel_group(), self.hcg.get_sharding_parallel_group())
+        return [group for group in groups if group.nranks > 1]
+
+    def totals(self, *values: float) -> list[float]:
+        """Each value added up over all ranks."""
+        if self.hcg is None:
+            return list(values)
+        import paddle
+
+        sums = paddle.to_tensor(values, dtype="float64")
+        paddle.distributed.all_reduce(sums)
+        return [float(value) for value in sums.numpy()]
+
+    def part(self, whole: Array, p: paddle.Tensor) -> Array:
+        """This rank's slice of a parameter's whole value."""
+        axis = split_axis(p)
+        return whole if axis is None else np.split(whole, self.parallel.mp_degree, axis)[self.mp_rank]
+
+    def whole_shape(self, p: paddle.Tensor) -> list[int]:
+        """Shape of the parameter that ``p`` is a slice of."""
+        axis = split_axis(p)
+        return [size * (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
+
+    def seed(self, *parts: Any) -> None:
+        """Make what is random from here on a function of ``parts`` and of the place of this rank in its replica.
+
+        The ranks of an mp group draw the same, except under ``own_masks``.
+        """
+        import paddle
+
+        if self.stage:
+            parts = (*parts, "stage", self.stage)
+        paddle.seed(derive_seed(*parts))
+        if self.parallel.mp_degree > 1:
+            with self.own_masks():
+                paddle.seed(derive_seed(*parts, "mp", self.mp_rank))
+
+    def own_masks(self) -> contextlib.AbstractContextManager[Any]:
+        """Where activations are shared out among the mp ranks (attention heads), their dropout masks differ."""
+        if self.parallel.mp_degree == 1:
+            return contextlib.nullcontext()
+        from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+
+        return get_rng_state_tracker().rng_state()  # type: ignore[no-any-return]
 
     def column_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose output columns are shared out among the mp ranks; not yet initialised."""
+        if self.parallel.mp_degree > 1:
+            from gpt import tensor_parallel
+
+            return tensor_parallel.column_linear(size_in, size_out)
         from gpt import ops
 
         return ops.Linear(size_in, size_out)
 
     def row_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose input rows are shared out among the mp ranks; not yet initialised."""
+        if self.parallel.mp_degree > 1:
+            from gpt import tensor_parallel
+
+            return tensor_parallel.row_linear(size_in, size_out)
         from gpt import ops
 
         return ops.Linear(size_in, size_out)
 
     def embedding(self, rows: int, size: int) -> paddle.nn.Layer:
         """A table whose rows are shared out among the mp ranks; not yet initialised."""
+        if self.parallel.mp_degree > 1:
+            from gpt import tensor_parallel
+
+            return tensor_parallel.embedding(rows, size)
         import paddle
 
         return paddle.nn.Embedding(rows, size, weight_attr=paddle.nn.initializer.Constant(0.0))
+
+    def head_loss(
+        self,
+        x_MH: paddle.Tensor,
+        table_VH: paddle.Tensor,
+        labels_M: paddle.Tensor,
+        weight_M: paddle.Tensor,
+        vocab: int,
+        chunk: int,
+    ) -> paddle.Tensor:
+        """``gpt.ops.head_loss``, over the mp ranks' shares of the table."""
+        if self.parallel.mp_degree > 1:
+            from gpt import tensor_parallel
+
+            return tensor_parallel.head_loss(x_MH, table_VH, labels_M, weight_M, vocab, chunk, self.mp_group)
+        from gpt import ops
+
+        return ops.head_loss(x_MH, table_VH, labels_M, weight_M, vocab, chunk)
+
+
+def split_axis(p: paddle.Tensor) -> int | None:
+    """The axis along which the mp ranks share out a parameter; None if each has all of it."""
+    return int(p.split_axis) if getattr(p, "is_distributed", False) else None
+
+
+def _join(config: Config) -> Any:
+    """Start fleet; returns its HybridCommunicateGroup."""
+    from paddle.distributed import fleet
+
+    parallel, on_cpu = config.parallel, config.cluster.device is Device.cpu
+    fleet.utils.log_util.set_log_level("WARNING")
+    strategy = fleet.DistributedStrategy()
+    strategy.hybrid_configs = {
+        "dp_degree": parallel.dp_degree,
+        "sharding_degree": parallel.sharding_degree,
+        "mp_degree": parallel.mp_degree,
+        "pp_degree": parallel.pp_degree,
+        "mp_configs": {"need_broadcast_data": False},  # the ranks of a replica read the same samples themselves
+        "pp_configs": {"delay_scale_loss": True},  # the loss is divided by the counted tokens, not by micro batches
+    }
+    strategy.pipeline_configs = {
+        "accumulate_steps": accumulate_steps(config),
+        "micro_batch_size": micro_batch_size(config),
+        "enable_partial_send_recv": not on_cpu,
+    }
+    if on_cpu:
+        from gpt import gloo
+
+        gloo.prepare()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a table of flags
+        warnings.filterwarnings("ignore", message="Current global rank .* is not in group")
+        fleet.init(is_collective=True, strategy=strategy)
+    hcg = fleet.get_hybrid_communicate_group()
+    if on_cpu:
+        gloo.link(hcg, ring=parallel.virtual_pp_degree > 1)
+    if parallel.mp_degree > 1:
+        fleet.meta_parallel.model_parallel_random_seed(config.seed + 1)
+    return hcg

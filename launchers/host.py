@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import socket
 from pathlib import Path
 
 from gpt.config import Config, Device, DType
@@ -16,6 +18,15 @@ INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this host that nobody listens on, distinct because all are bound at once."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def mkl_settings() -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gpt.config import Config
+from gpt.config import Config, Device
 from launchers import host
 
 POLL_SECONDS = 0.05
@@ -44,10 +44,35 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
         **host.mkl_settings(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "PYTHONUNBUFFERED": "1",
+        "GLOG_minloglevel": "1",  # Paddle's C++ side otherwise reports every connection
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
         "GPT_DRIVER_PID": str(os.getpid()),
         "GPT_LIVE": "1" if live else "",
     }
+
+
+def places(ranks: int, device: Device) -> list[dict[str, str]]:
+    """What tells each rank who it is and where the others are, in Paddle's terms."""
+    *ports, meeting = host.free_ports(ranks + 1)
+    endpoints = [f"127.0.0.1:{port}" for port in ports]
+    shared = {
+        "PADDLE_TRAINERS_NUM": str(ranks),
+        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
+        "PADDLE_MASTER": f"127.0.0.1:{meeting}",
+    }
+    if device is Device.cpu:
+        shared["PADDLE_DISTRI_BACKEND"] = "gloo"
+    return [
+        {
+            **shared,
+            "PADDLE_TRAINER_ID": str(rank),
+            "PADDLE_CURRENT_ENDPOINT": endpoint,
+            "PADDLE_LOCAL_RANK": str(rank),
+            "PADDLE_RANK_IN_NODE": str(rank),
+            **({} if device is Device.cpu else {"FLAGS_selected_gpus": str(rank)}),
+        }
+        for rank, endpoint in enumerate(endpoints)
+    ]
 
 
 @dataclass(frozen=True)
@@ -88,7 +113,7 @@ class Tail:
 
 def run_workers(
     arguments: list[str],
-    ranks: int,
+    own: list[dict[str, str]],
     log_dir: Path,
     env: dict[str, str],
     *,
@@ -100,7 +125,7 @@ def run_workers(
 
     Args:
         arguments: after ``python``.
-        ranks: number of workers.
+        own: environment of each worker besides ``env``; one for each rank.
         log_dir: gets ``worker.R.log``, appended to.
         env: of every worker.
         show: gets the lines of rank 0.
@@ -108,15 +133,15 @@ def run_workers(
         hand_over: file descriptors that the workers keep open (the run's lock).
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    tails = [Tail(log_dir / f"worker.{rank}.log") for rank in range(ranks)]
+    tails = [Tail(log_dir / f"worker.{rank}.log") for rank in range(len(own))]
     processes: list[subprocess.Popen[bytes]] = []
     with _forwarded(processes) as received:
-        for rank in range(ranks):
+        for rank, place in enumerate(own):
             with open(tails[rank].path, "ab") as log:
                 processes.append(
                     subprocess.Popen(
                         [sys.executable, *arguments],
-                        env={**env, "PADDLE_TRAINER_ID": str(rank), "PADDLE_TRAINERS_NUM": str(ranks)},
+                        env={**env, **place},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,

@@ -76,6 +76,18 @@ class Batch:
     labels_BT: Array
     mask_BT: Array
 
+    def masked(self) -> Batch:
+        """The same, but nothing counts."""
+        return Batch(self.inputs_BT, self.labels_BT, np.zeros_like(self.mask_BT))
+
+    def padded(self, rows: int) -> Batch:
+        """With ``rows`` rows: copies of the first that do not count are added."""
+        more = rows - len(self.inputs_BT)
+        if not more:
+            return self
+        inputs, labels = (np.concatenate([a, np.repeat(a[:1], more, 0)]) for a in (self.inputs_BT, self.labels_BT))
+        return Batch(inputs, labels, np.pad(self.mask_BT, ((0, more), (0, 0))))
+
 
 class Samples:
     """All samples of one split of one or several sets.

@@ -20,7 +20,8 @@ def run(job: Job) -> int:
     config, split = job.config, job.config.evaluate.split
     found = checkpoint.require(job.run_dir, lambda line: say(f"WARNING: {line}"))
     samples = Samples(config, job.data, split, shuffled=False)
-    engine = Engine(config, Topology.connect(config), train=False)
+    topology = Topology.connect(config)
+    engine = Engine(config, topology, train=False)
     engine.load(found.model(), None, {})
 
     every = -(-len(samples) // global_batch_size(config))
@@ -32,6 +33,8 @@ def run(job: Job) -> int:
     record |= {key.removeprefix("val/"): value for key, value in validation(loss, job.data).items()}
     record["tokens_per_second"] = count * config.data.seq_len / (time.perf_counter() - began)
 
+    if topology.rank > 0:
+        return 0
     write_json(job.run_dir / "evaluation.json", record)
     say("  ".join(f"{k} {v:,.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
     return 0

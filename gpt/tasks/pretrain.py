@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from signal import Signals as Signal
 from typing import Any
 
-from gpt import checkpoint, guard, log
-from gpt.config import Split, UserError, global_batch_size, plain
+from gpt import checkpoint, guard, log, whole
+from gpt.config import Split, UserError, global_batch_size, one_rank, plain
 from gpt.data.samples import Samples
 from gpt.engine import Engine
 from gpt.files import write_json
@@ -23,7 +25,7 @@ def run(job: Job, signals: Signals) -> int:
     session, trainer = Session(job), job.config.trainer
     outcome, code = "done", guard.DONE
     try:
-        while session.step < trainer.max_steps and not signals.received:
+        while not session.stopped(signals) and session.step < trainer.max_steps:
             record = session.train()
 
             if session.val and session.due(trainer.eval_every):
@@ -32,37 +34,43 @@ def run(job: Job, signals: Signals) -> int:
 
             if session.due(trainer.save_every):
                 session.save()
-        if signals.received:
-            say(f"stopped by {signals.received.name} after step {session.step:,}; the same command goes on from there")
-            outcome, code = "stopped", signals.exit_code
+        if session.stopped_by:
+            say(
+                f"stopped by {session.stopped_by.name} after step {session.step:,}; the same command goes on from there"
+            )
+            outcome, code = "stopped", 128 + session.stopped_by
             session.save_unless_saved()
     except GuardError as error:
         say(f"STOPPED: {error}")
         outcome, code = "guard", guard.GUARD
-    if session.saver.wait() and outcome == "done":
+    if session.saver and session.saver.wait() and outcome == "done":
         outcome, code = "failed", guard.FAILED
-    if outcome == "done":
-        sample_text(job, session.engine, session.step)
+    if outcome in ("done", "failed"):
+        session.sample(show=outcome == "done")
     session.close(outcome, code)
     return code
 
 
 class Session:
-    """A training run in progress: what it is made of, and its place."""
+    """A training run in progress: what it is made of, and its place. The first rank alone writes files."""
 
     def __init__(self, job: Job) -> None:
         config = job.config
-        topology = Topology.connect(config)
+        self.topology = Topology.connect(config)
         self.job = job
         self.samples = Samples(config, job.data, Split.train)
         self.val = Samples(config, job.data, Split.val) if config.data.split[1] > 0 else None
-        self.engine = Engine(config, topology)
+        self.engine = Engine(config, self.topology)
         self.step = restore(job, self.engine)
         self.first_step = self.step
-        truncate_metrics(job.run_dir, self.step)
-        (job.run_dir / "result.json").unlink(missing_ok=True)
-        self.jsonl, self.sinks = log.sinks(job)
-        self.saver = checkpoint.Saver(job.run_dir, config.trainer.keep_checkpoints, say)
+        self.stopped_by: Signal | None = None
+        self.sinks: list[log.Sink] = []
+        self.saver: checkpoint.Saver | None = None
+        if self.topology.rank == 0:
+            truncate_metrics(job.run_dir, self.step)
+            (job.run_dir / "result.json").unlink(missing_ok=True)
+            self.jsonl, self.sinks = log.sinks(job)
+            self.saver = checkpoint.Saver(job.run_dir, config.trainer.keep_checkpoints, say)
         self.meter = Meter(config)
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, float] = {}
@@ -71,6 +79,13 @@ class Session:
             f"training from step {self.step:,} to {config.trainer.max_steps:,}: "
             f"{', '.join(f'{e:.3g}' for e in epochs)} epoch(s) of the training split"
         )
+
+    def stopped(self, signals: Signals) -> bool:
+        """Whether a signal asks to stop: one to any rank is one to all, which leave the loop after the same step."""
+        kinds = (Signal.SIGTERM, Signal.SIGINT)
+        heard = self.topology.totals(*(float(signals.received is kind) for kind in kinds))
+        self.stopped_by = next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
+        return self.stopped_by is not None
 
     def train(self) -> dict[str, Any]:
         """One step; returns its record."""
@@ -102,24 +117,46 @@ class Session:
     def save(self) -> None:
         """Copy the state and let it be written in the background."""
         model, optimizer, rest = self.engine.state()
+        if self.saver is None:
+            return
         self.jsonl.sync()
         tokenizer = Path(self.job.data.tokenizer) if self.job.data.tokenizer else None
         self.saver.submit(self.step, model, optimizer, {**self._about(), **rest}, tokenizer)
 
     def save_unless_saved(self) -> None:
         """For an end that may come at any step."""
-        self.saver.wait()
-        if self.step > self.first_step and self.saver.saved_step != self.step:
+        unsaved = False
+        if self.saver:
+            self.saver.wait()
+            unsaved = self.step > self.first_step and self.saver.saved_step != self.step
+        if self.topology.totals(float(unsaved))[0]:
             self.save()
+
+    def sample(self, *, show: bool) -> None:
+        """Continue the prompt on the first rank; a model that is shared out among ranks is put together for it.
+
+        Every rank must call it: what ``show`` is, only the first one knows.
+        """
+        engine, parallel = self.engine, self.job.config.parallel
+        if parallel.mp_degree * parallel.pp_degree > 1:
+            weights = engine.weights()
+            if self.topology.rank == 0 and show:
+                alone = one_rank(self.job.config)
+                engine = Engine(alone, Topology(alone.parallel, self.topology.device), train=False)
+                engine.load(weights, None, {})
+        if self.topology.rank == 0 and show:
+            sample_text(self.job, engine, self.step)
 
     def close(self, outcome: str, code: int) -> None:
         """End the logs and write ``result.json``, last."""
+        if self.topology.rank > 0:
+            return
         for sink in self.sinks:
             sink.close(outcome, code)
         result = {"status": outcome, "step": self.step, "tokens": self.step * self.meter.tokens_per_step}
         result["train/loss"] = self.last.get("train/loss")
         result |= self.last_validation
-        result["parameters"] = sum(int(p.size) for p in self.engine.parameters.values())
+        result["parameters"] = sum(math.prod(shape) for shape in whole.shapes(self.job.config).values())
         if self.meter.seconds:
             result["tokens_per_second"] = self.meter.tokens_per_step / self.meter.typical_seconds()
             result["memory_peak_gib"] = self.last["memory_peak_gib"]

@@ -1,0 +1,101 @@
+"""What ranks give one another around a step: gradients, updated parameters, and whole arrays for a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import paddle
+import paddle.distributed as dist
+from paddle import Tensor
+
+from gpt import optim
+from gpt.topology import Topology, split_axis
+
+BUCKET_ELEMENTS = 1 << 25  # that travel at once: 128 MiB in float32
+
+
+def sum_gradients(topology: Topology, parameters: list[Tensor]) -> None:
+    """Add up the gradients over the model replicas, in place, once per step."""
+    groups = topology.replica_groups
+    if not groups:
+        return
+    with paddle.no_grad():
+        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+            flat = _flat(bucket)
+            for group in groups:
+                dist.all_reduce(flat, group=group)
+            _unflat(flat, bucket)
+
+
+def loss_and_norm(topology: Topology, loss: float, parameters: dict[str, Tensor]) -> tuple[float, float]:
+    """The loss of the whole batch and the norm of its gradient, the same on every rank.
+
+    Args:
+        topology: of this rank.
+        loss: this rank's part.
+        parameters: by logical name, their gradients already added up over the replicas.
+    """
+    if topology.hcg is None:
+        return loss, optim.global_norm(list(parameters.values()))
+    counted = [p for name, p in parameters.items() if counts(topology, name, p)]
+    squares = optim.global_norm(counted) ** 2 if counted and topology.replica == 0 else 0.0
+    loss, squares = topology.totals(loss, squares)
+    return loss, math.sqrt(squares)
+
+
+def counts(topology: Topology, name: str, p: Tensor) -> bool:
+    """Whether this rank answers for what it has of a parameter, among the ranks of its replica.
+
+    What every mp rank has is the first one's; the word table that the last stage has for its head is the first stage's.
+    """
+    return not topology.is_tied_copy(name) and (topology.mp_rank == 0 or split_axis(p) is not None)
+
+
+def owners(parameters: dict[str, Tensor], degree: int) -> dict[str, int]:
+    """Which rank of the sharding group updates each parameter: the largest first, to whom has least.
+
+    Example: of sizes 5, 4, 3, 2 two ranks get 5 + 2 and 4 + 3.
+    """
+    load = [0] * degree
+    owner = {}
+    for name, p in sorted(parameters.items(), key=lambda item: -int(item[1].size)):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += int(p.size)
+    return owner
+
+
+def share_updates(topology: Topology, parameters: dict[str, Tensor], owner: dict[str, int]) -> None:
+    """Give each parameter from the rank that has updated it to the others of the sharding group."""
+    group = topology.hcg.get_sharding_parallel_group()
+    with paddle.no_grad():
+        for rank, source in enumerate(group.ranks):
+            for bucket in _buckets([p for name, p in parameters.items() if owner[name] == rank]):
+                flat = _flat(bucket)
+                dist.broadcast(flat, src=source, group=group)
+                if source != topology.rank:
+                    _unflat(flat, bucket)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one type, each run of at most ``BUCKET_ELEMENTS`` or a single tensor."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.size > BUCKET_ELEMENTS):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += int(tensor.size)
+    if bucket:
+        yield bucket
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return paddle.concat([tensor.flatten() for tensor in tensors])
+
+
+def _unflat(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Copy the pieces of ``flat`` back into the tensors it was made of."""
+    for tensor, piece in zip(tensors, paddle.split(flat, [int(t.size) for t in tensors]), strict=True):
+        tensor.copy_(piece.reshape(tensor.shape), False)

@@ -1,0 +1,153 @@
+"""The GPT as stages of a pipeline: the same parameters under the same names, shared out by layer.
+
+B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) runs it. The word table is on the first stage,
+which looks up in it, and on the last, whose head is tied to it; their gradients are added up by the schedule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+from paddle.distributed import fleet
+from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, SharedLayerDesc
+
+from gpt import ops
+from gpt.config import Config, padded_vocab
+from gpt.model import Block, initialise
+from gpt.topology import Topology
+
+Micro = tuple[Tensor, tuple[Tensor, Tensor]]  # tokens BT; labels BT and the weights BT of their losses
+
+
+class Word(nn.Layer):  # type: ignore[misc]
+    """Look-up in the word table."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__()
+        self.word = topology.embedding(padded_vocab(config), config.model.hidden)
+
+    @property
+    def weight(self) -> Tensor:
+        """What is shared between the first and the last stage."""
+        return self.word.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Returns BTH."""
+        return self.word(tokens_BT)
+
+
+class Position(nn.Layer):  # type: ignore[misc]
+    """Adds the positions, with dropout."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        m = config.model
+        self.dropout = m.dropout
+        self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Returns BTH."""
+        positions_T = paddle.arange(x_BTH.shape[1], dtype="int64")
+        return ops.dropout(x_BTH + self.position(positions_T), self.dropout, self.training)
+
+
+class FinalNorm(nn.Layer):  # type: ignore[misc]
+    """The LayerNorm before the head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.norm = ops.LayerNorm(config.model.hidden, config.model.layer_norm_eps)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Returns BTH."""
+        return self.norm(x_BTH)
+
+
+def _head(word: Word, x_BTH: Tensor) -> Tensor:
+    """The head is one with the loss (``Pipeline.loss``); this only puts the word table on the last stage."""
+    return x_BTH
+
+
+class Pipeline(PipelineLayer):  # type: ignore[misc]
+    """This rank's layers of the model."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        virtual = config.parallel.virtual_pp_degree
+        super().__init__(
+            layers=[
+                SharedLayerDesc("word", Word, None, "weight", config, topology),
+                LayerDesc(Position, config),
+                *(LayerDesc(Block, config, topology, i) for i in range(config.model.layers)),
+                LayerDesc(FinalNorm, config),
+                SharedLayerDesc("word", Word, _head, "weight", config, topology),
+            ],
+            num_stages=config.parallel.pp_degree,
+            loss_fn=self.loss,
+            topology=topology.hcg.topology(),
+            seg_method="layer:Block",
+            num_virtual_pipeline_stages=virtual if virtual > 1 else None,
+        )
+        self.config = config
+        self.topology = topology
+        self.loss_sum = 0.0  # of what the schedule has run, on the last stage
+        self._step: tuple[Any, ...] = ()
+        self._begun: Counter[int] = Counter()  # micro batches of the step, by virtual stage
+        self.schedule = [fleet.distributed_model(self)]  # in a list: it holds this layer, not the other way round
+
+    def logical_parameters(self) -> dict[str, Tensor]:
+        """Parameters of this rank by the names of the single model."""
+        found: dict[str, Tensor] = {}
+        for layer in self.sublayers():
+            if isinstance(layer, Block):
+                found |= {f"layers.{layer.number}.{name}": p for name, p in layer.named_parameters()}
+            elif isinstance(layer, Word | Position | FinalNorm):
+                found |= dict(layer.named_parameters())
+        return found
+
+    def initialise(self) -> None:
+        """Give every parameter its first value."""
+        initialise(self.config, self.topology, self.logical_parameters())
+
+    def forward(self, x: Tensor, chunk_id: int | None = None) -> Tensor:
+        """One micro batch through one (virtual) stage; Fleet's schedule calls it."""
+        if self.training:
+            chunk = chunk_id or 0
+            virtual = ("chunk", chunk) if chunk else ()
+            *parts, first = self._step
+            self.topology.seed(*parts, first + self._begun[chunk], *virtual)
+            self._begun[chunk] += 1
+        return super().forward(x, chunk_id)
+
+    def loss(self, x_BTH: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
+        """Weighted sum of the cross entropies, on the last stage; Fleet's schedule calls it."""
+        labels_BT, weight_BT = wanted
+        m = self.config.model
+        table_VH = self.shared_layers["word"].weight
+        x_MH = x_BTH.reshape([-1, m.hidden])
+        loss = self.topology.head_loss(x_MH, table_VH, labels_BT.flatten(), weight_BT.flatten(), m.vocab, m.loss_chunk)
+        self.loss_sum += loss.item()
+        return loss
+
+    def forward_backward(self, micros: Iterable[Micro], step: tuple[Any, ...], scaler: Any) -> float:
+        """All micro batches of a step, with gradients; returns the loss, which only the last stage knows.
+
+        Args:
+            micros: ``accumulate_steps`` of them.
+            step: what the dropout masks of the first micro batch are a function of; its last part counts up.
+            scaler: of the loss, or None.
+        """
+        self._step, self._begun, self.loss_sum = step, Counter(), 0.0
+        (schedule,) = self.schedule
+        schedule.set_virtual_pipeline_rank(0)
+        schedule.forward_backward_pipeline(iter(micros), scaler)
+        return self.loss_sum
+
+    def evaluate(self, micros: Iterable[Micro]) -> float:
+        """The loss of ``accumulate_steps`` micro batches, which only the last stage knows."""
+        self.loss_sum = 0.0
+        self.schedule[0].eval_batch(iter(micros), compute_loss=True)
+        return self.loss_sum

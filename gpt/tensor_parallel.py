@@ -1,0 +1,67 @@
+"""Fleet's layers for weights that are shared out among the mp ranks, and the head over a shared-out vocabulary.
+
+M rows, H hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+from paddle.distributed import fleet
+from paddle.distributed.fleet.layers.mpu import mp_ops
+from paddle.distributed.fleet.utils import recompute
+
+
+def _zeros() -> Any:
+    return nn.initializer.Constant(0.0)  # the model gives the values
+
+
+def column_linear(size_in: int, size_out: int) -> nn.Layer:
+    """Each rank computes its share of the output columns."""
+    return fleet.meta_parallel.ColumnParallelLinear(
+        size_in, size_out, weight_attr=_zeros(), has_bias=True, gather_output=False
+    )
+
+
+def row_linear(size_in: int, size_out: int) -> nn.Layer:
+    """Each rank has its share of the input columns; the outputs are added up."""
+    return fleet.meta_parallel.RowParallelLinear(
+        size_in, size_out, weight_attr=_zeros(), has_bias=True, input_is_parallel=True
+    )
+
+
+def embedding(rows: int, size: int) -> nn.Layer:
+    """Each rank looks up its share of the rows; the results are added up."""
+    return fleet.meta_parallel.VocabParallelEmbedding(rows, size, weight_attr=_zeros())
+
+
+def head_loss(
+    x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int, group: Any
+) -> Tensor:
+    """``gpt.ops.head_loss`` with the rows of the table shared out; the same number on every rank of ``group``."""
+    entropy = fleet.meta_parallel.ParallelCrossEntropy(mp_group=group)
+
+    def part(x: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+        logits = _logits(x, table_VH, vocab, group).astype("float32")
+        return (entropy(logits, labels.unsqueeze(-1)).flatten() * weight).sum()
+
+    rows = x_MH.shape[0]
+    x_MH = mp_ops._c_identity(x_MH, group=group)
+    if not chunk or chunk >= rows:
+        return part(x_MH, labels_M, weight_M)
+    cuts = [slice(i, i + chunk) for i in range(0, rows, chunk)]
+    return paddle.stack([recompute(part, x_MH[s], labels_M[s], weight_M[s]) for s in cuts]).sum()
+
+
+def _logits(x_MH: Tensor, table_VH: Tensor, vocab: int, group: Any) -> Tensor:
+    """Logits of this rank's rows; those of padding rows are so low that they take no part."""
+    out_MV = paddle.matmul(x_MH, table_VH, transpose_y=True)
+    rows = table_VH.shape[0]
+    real = min(max(vocab - group.rank * rows, 0), rows)
+    if real == rows:
+        return out_MV
+    low = -6e4 if out_MV.dtype == paddle.float16 else -1e9
+    padding = paddle.full([rows - real], low, dtype=out_MV.dtype)
+    return out_MV + paddle.concat([paddle.zeros([real], dtype=out_MV.dtype), padding])

@@ -1,0 +1,67 @@
+"""What tests run on every rank, through ``harness.run``. Arguments and results are what JSON holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import paddle
+
+from gpt import checkpoint
+from gpt.config import Split, typed
+from gpt.data.corpus import Prepared
+from gpt.data.samples import Samples
+from gpt.engine import Engine
+from gpt.topology import Topology
+
+
+def where(config: dict[str, Any]) -> dict[str, Any]:
+    """This rank's place, and the sum of all ranks' numbers."""
+    topology = Topology.connect(typed(config))
+    place = {key: getattr(topology, key) for key in ("rank", "replica", "mp_rank", "stage", "speaks")}
+    return {**place, "totals": topology.totals(topology.rank, 1.0)}
+
+
+def train(config: dict[str, Any], data: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Losses and gradient norms of some steps, and the validation loss after them."""
+    job = typed(config)
+    prepared = Prepared.from_plain(data)
+    engine = Engine(job, Topology.connect(job))
+    samples = Samples(job, prepared, Split.train)
+    results = [engine.step(n, samples) for n in range(1, steps + 1)]
+    return {
+        "loss": [r.loss for r in results],
+        "grad_norm": [r.grad_norm for r in results],
+        "val": engine.evaluate(Samples(job, prepared, Split.val, shuffled=False), 3),
+    }
+
+
+def masks(config: dict[str, Any]) -> list[float]:
+    """What this rank draws for activations that its mp group has in common, and for those of its own."""
+    job = typed(config)
+    topology = Topology.connect(job)
+    topology.seed(job.seed, "dropout", 1, topology.replica)
+    common = paddle.rand([1]).item()
+    with topology.own_masks():
+        own = paddle.rand([1]).item()
+    return [common, own, paddle.rand([1]).item()]
+
+
+def go_on(config: dict[str, Any], data: dict[str, Any], folder: str, first: int, last: int) -> list[float]:
+    """Losses of steps ``first`` to ``last``, from the newest checkpoint in ``folder`` to a new one."""
+    job = typed(config)
+    topology = Topology.connect(job)
+    engine = Engine(job, topology)
+    if first > 1:
+        found = checkpoint.require(Path(folder), print)
+        engine.load(found.model(), found.optimizer(), found.state)
+    samples = Samples(job, Prepared.from_plain(data), Split.train)
+    losses = [engine.step(n, samples).loss for n in range(first, last + 1)]
+    model, slots, rest = engine.state()
+    if topology.rank == 0:
+        path = checkpoint.folder_of(Path(folder), last)
+        checkpoint.write(path, model, slots, {"step": last, "config": config, **rest}, None)
+    else:
+        assert not model
+        assert not slots
+    return losses

@@ -1,0 +1,110 @@
+"""Every topology computes what one process computes: same seed, data and global batch, same losses."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from conftest import SMALL, configured
+
+from gpt.config import plain, world_size
+from gpt.data import corpus
+
+pytestmark = pytest.mark.slow
+
+STEPS = 20
+NO_DROPOUT = ("model.dropout=0", "model.attention_dropout=0")
+# A global batch that every topology here can share out, clipping that bites, and a vocabulary that mp must pad.
+SAME = ("trainer.global_batch_size=8", "trainer.micro_batch_size=1", "optimizer.clip_norm=0.3", "optimizer.lr=3e-3",
+        "model.layers=4", "data.split=[8,1,1]")  # fmt: skip
+
+
+def job(text: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Resolved configuration, data, and the number of ranks."""
+    config = configured([*SMALL, "data=text", f"data.path={text}", *SAME, *overrides])
+    return plain(config), corpus.prepare(config).plain(), world_size(config)
+
+
+def losses(text: Path, *overrides: str) -> dict[str, Any]:
+    """What all ranks agree on: losses, norms, validation loss."""
+    config, data, ranks = job(text, *overrides)
+    first, *others = harness.run("ranks:train", ranks, config, data, STEPS)
+    assert all(other == first for other in others)
+    return dict(first)
+
+
+@cache
+def _single(text: Path, overrides: tuple[str, ...]) -> str:
+    return json.dumps(losses(text, *overrides))
+
+
+def single(text: Path, *overrides: str) -> dict[str, Any]:
+    """The same of one process, computed once."""
+    return dict(json.loads(_single(text, overrides)))
+
+
+@pytest.mark.parametrize("parallel", ["dp2", "mp2", "pp2", "sharding2", "mp2_pp2", "dp2_mp2_pp2", "sharding2_mp2_pp2"])
+def test_losses_are_those_of_one_process(text: Path, parallel: str) -> None:
+    expected = single(text, *NO_DROPOUT)
+    got = losses(text, *NO_DROPOUT, f"parallel={parallel}")
+    assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert got["val"] == pytest.approx(expected["val"], rel=1e-5)
+
+
+def test_virtual_stages_too(text: Path) -> None:
+    overrides = (*NO_DROPOUT, "model.layers=8")
+    interleaved = ("parallel=pp4", "parallel.virtual_pp_degree=2")
+    got = losses(text, *overrides, *interleaved)["loss"]
+    assert got == pytest.approx(single(text, *overrides)["loss"], rel=1e-5)
+
+
+def test_dropout_masks_of_data_parallel_are_those_of_one_process(text: Path) -> None:
+    # A micro batch has the masks of its number in the global batch, whichever replica computes it.
+    assert losses(text, "parallel=dp2")["loss"] == pytest.approx(single(text)["loss"], rel=1e-5)
+
+
+def test_masks_differ_between_replicas_and_heads_and_agree_where_activations_are_replicated(text: Path) -> None:
+    config, _, ranks = job(text, "parallel=dp2_mp2")
+    (a0, own00, b0), (a1, own01, b1), (c0, own10, _), (c1, own11, _) = harness.run("ranks:masks", ranks, config)
+    assert (a0, b0) == (a1, b1)
+    assert c0 == c1
+    assert len({a0, b0, c0, own00, own01, own10, own11}) == 7
+
+
+@pytest.mark.parametrize("parallel", ["mp2", "pp2"])
+@pytest.mark.parametrize("recompute", ["full", "core_attn"])
+def test_recomputing_draws_the_same_masks_again(text: Path, parallel: str, recompute: str) -> None:
+    kept = losses(text, f"parallel={parallel}")
+    again = losses(text, f"parallel={parallel}", f"model.recompute={recompute}")
+    assert again["loss"] == pytest.approx(kept["loss"], rel=1e-5)
+    assert again["grad_norm"] == pytest.approx(kept["grad_norm"], rel=1e-4)
+
+
+def test_the_chunked_head_is_the_whole_one(text: Path) -> None:
+    assert losses(text, *NO_DROPOUT, "parallel=mp2", "model.loss_chunk=7")["loss"] == pytest.approx(
+        single(text, *NO_DROPOUT)["loss"], rel=1e-5
+    )
+
+
+def test_a_checkpoint_of_one_topology_goes_on_under_another(text: Path, tmp_path: Path) -> None:
+    expected = single(text, *NO_DROPOUT)["loss"]
+    got: list[float] = []
+    for parallel in ("dp2_mp2_pp2", "single", "sharding2_mp2_pp2", "single"):
+        config, data, ranks = job(text, *NO_DROPOUT, f"parallel={parallel}")
+        first = len(got) + 1
+        each = harness.run("ranks:go_on", ranks, config, data, str(tmp_path), first, first + 4)
+        assert all(one == each[0] for one in each)
+        got += each[0]
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_rank_that_fails_ends_the_harness_with_its_words(text: Path) -> None:
+    config, data, _ = job(text, "parallel=dp2")
+    data["parts"] = []
+    with pytest.raises(harness.RankFailedError, match="rank"):
+        harness.run("ranks:train", 2, config, data, 1, timeout=60)

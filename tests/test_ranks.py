@@ -1,0 +1,65 @@
+"""Jobs of several ranks as a user starts and stops them: one command, one set of files, the numbers of one rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import metrics
+from test_run import Run, started, wait_for_step
+
+from gpt import checkpoint, runs
+
+pytestmark = pytest.mark.slow
+
+SAME = ("model.dropout=0", "model.attention_dropout=0", "trainer.micro_batch_size=2")
+
+
+def train(gpt: Run, run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Run a job to its end; its records."""
+    ran = gpt(*overrides, f"hydra.run.dir={run_dir}", timeout=200)
+    assert ran.code == 0, ran.text
+    return metrics(run_dir)
+
+
+def test_one_command_trains_measures_and_samples_on_two_ranks(gpt: Run, small: list[str], tmp_path: Path) -> None:
+    one = train(gpt, tmp_path / "one", *small, *SAME)
+    two = train(gpt, tmp_path / "two", *small, *SAME, "parallel=pp2")
+    for key in ("train/loss", "val/loss"):
+        assert [r.get(key) for r in two] == [pytest.approx(r[key], rel=1e-5) if key in r else None for r in one]
+    assert [r["step"] for r in two] == list(range(1, 13))
+    result, expected = runs.read_result(tmp_path / "two"), runs.read_result(tmp_path / "one")
+    assert result is not None
+    assert expected is not None
+    assert result["parameters"] == expected["parameters"]
+    assert len((tmp_path / "two" / "samples.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in (tmp_path / "two" / "logs").iterdir()) == ["worker.0.log", "worker.1.log"]
+
+    # The other tasks read what several ranks wrote: generation on one rank, evaluation on as many as before.
+    for task in ("generate", "evaluate"):
+        ran = gpt(f"task={task}", f"hydra.run.dir={tmp_path / 'two'}", timeout=100)
+        assert ran.code == 0, ran.text
+    said = re.search(r"loss ([0-9.]+)", ran.text)
+    assert said
+    assert float(said[1]) == pytest.approx(result["val/loss"], rel=0.05)
+
+
+def test_a_signal_to_a_job_of_two_ranks_saves_and_the_other_topology_goes_on(
+    gpt: Run, small: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [*small, *SAME, f"hydra.run.dir={run_dir}", "trainer.max_steps=400", "trainer.save_every=0"]
+    with started(tmp_path, *arguments, "parallel=dp2") as process:
+        wait_for_step(run_dir, 3)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143
+    found = checkpoint.newest(run_dir, pytest.fail)
+    assert found is not None
+    step = found.state["step"]
+    assert step == len(metrics(run_dir))
+    records = train(gpt, run_dir, *arguments[:-2], f"trainer.max_steps={step + 2}")
+    assert [r["step"] for r in records] == list(range(1, step + 3))
