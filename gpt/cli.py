@@ -16,16 +16,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt.config import Config, UserError
+from gpt.files import conf_dir
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
-
-
-def conf_dir() -> str:
-    """The folder of configuration groups: ``gpt/conf`` in a wheel, ``conf/`` beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    return next(str(d) for d in (here / "conf", here.parent / "conf") if (d / "config.yaml").is_file())
 
 
 def register() -> None:
@@ -111,6 +106,14 @@ def overrides_of(arguments: list[str]) -> list[str]:
 
     overrides: list[str] = get_args_parser().parse_known_args(arguments)[0].overrides
     return overrides
+
+
+def wants_grid(arguments: list[str]) -> bool:
+    """Whether the command asks for a grid (``-m``)."""
+    from hydra._internal.utils import get_args_parser
+
+    parsed = get_args_parser().parse_known_args(arguments)[0]
+    return bool(parsed.multirun) or "hydra.mode=MULTIRUN" in parsed.overrides
 
 
 def _expand(override: str) -> list[str]:

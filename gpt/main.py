@@ -17,16 +17,18 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from gpt import cli  # noqa: E402
+from gpt import cli, follow  # noqa: E402
 from gpt.config import Config, UserError  # noqa: E402
+from gpt.files import conf_dir  # noqa: E402
 from gpt.guard import BAD_INPUT, FAILED  # noqa: E402
+from launchers import roles  # noqa: E402
 
 STOPPED = (130, 143)
 
 cli.register()
 
 
-@hydra.main(version_base="1.3", config_path=cli.conf_dir(), config_name="config")
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _composed(composed: DictConfig) -> float | None:
     from gpt import driver
 
@@ -61,18 +63,23 @@ def main() -> None:
     from gpt.driver import JobFailed
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with advice
+    role, code = roles.detect(os.environ), 0
     try:
-        _composed()
+        follow.run(role, _composed) if role.starter else _composed()
     except UserError as error:
-        sys.exit(_said(str(error), BAD_INPUT))
+        code = _said(str(error), BAD_INPUT)
     except JobFailed as failure:
-        sys.exit(_said(str(failure), failure.code))
+        code = _said(str(failure), failure.code)
     except cli.CONFIG_ERRORS as error:
-        sys.exit(_said(cli.explain(error, sys.argv[1:]), BAD_INPUT))
+        code = _said(cli.explain(error, sys.argv[1:]), BAD_INPUT)
     except OSError as error:  # a full or lost disk
-        sys.exit(_said(f"FAILED: {error}", FAILED))
+        code = _said(f"FAILED: {error}", FAILED)
     except KeyboardInterrupt:
-        sys.exit(_said("interrupted", 130))
+        code = _said("interrupted", 130)
+    except SystemExit as end:  # what it had to say is said
+        code = end.code if isinstance(end.code, int) else FAILED if end.code else 0
+    follow.over(role, code)
+    sys.exit(code)
 
 
 def _said(message: str, code: int) -> int:
