@@ -180,7 +180,6 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
 
 def _failure(outcome: Outcome, log: Path) -> JobFailed:
     """What the user is told; the lines of rank 0 are on the terminal already, those of another rank are not."""
-    last = "".join(f"\n  | {line}" for line in outcome.last_lines)
     if outcome.reason:
         return JobFailed(outcome.reason, outcome.code)
     if outcome.code == BAD_INPUT and outcome.rank == 0:
@@ -191,9 +190,9 @@ def _failure(outcome: Outcome, log: Path) -> JobFailed:
         name = signal.Signals(-outcome.code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         message = f"worker {outcome.rank} was ended by {name}{hint}; the same command goes on from the last checkpoint"
-        return JobFailed(f"{message}{last}", FAILED)
+        return JobFailed(f"{message}{outcome.shown}", FAILED)
     message = f"worker {outcome.rank} ended with exit code {outcome.code}; its log: {log}"
-    return JobFailed(f"{message}{last if outcome.rank else ''}", outcome.code)
+    return JobFailed(f"{message}{outcome.shown if outcome.rank else ''}", outcome.code)
 
 
 def _header(job: Job) -> list[tuple[str, str]]:

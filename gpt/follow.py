@@ -70,6 +70,6 @@ def _follow(role: Role) -> int:
     )
     log = run_dir / "logs" / f"worker.{role.rank}.log"
     if outcome.code:
-        last = "".join(f"\n  | {line}" for line in outcome.last_lines)
-        print(f"{outcome.reason or f'rank {role.rank} failed'}; its log: {log}{last}", file=sys.stderr, flush=True)
+        what = outcome.reason or f"rank {role.rank} failed"
+        print(f"{what}; its log: {log}{outcome.shown}", file=sys.stderr, flush=True)
     return member.report(outcome, log.stat().st_mtime)

@@ -10,23 +10,28 @@ from typing import Protocol
 
 from gpt.guard import GUARD
 
-LAST_LINES = 15
+SHOWN_LINES = 15
+READ_LINES = 60  # a reason may stand above a long trace
 SETTLE_SECONDS = 0.3  # ranks that fail together are compared before one is blamed
 VICTIM_SECONDS = 3.0  # a lost connection has a cause, whose process may still be dying
 GRACE_SECONDS = 60.0  # from a signal to SIGKILL: time to finish the step and to save
 
-# What Gloo, NCCL and Paddle's store say when the other side is gone.
+# What Gloo, NCCL and Paddle's store say when the other side is gone. Paddle's Gloo calls any lost pair a TIMEOUT.
 _LOST = re.compile(
     r"connection (was )?(closed|reset|refused|lost|timed out|timeout)|closed by peer|broken pipe"
-    r"|socket (closed|timeout)|remote process (has )?(exited|terminated)|ncclRemoteError|ncclSystemError",
+    r"|socket (closed|timeout)|gloo/transport/\S+ TIMEOUT|TIMEOUT self_rank"
+    r"|remote process (has )?(exited|terminated)|ncclRemoteError|ncclSystemError",
     re.IGNORECASE,
 )
-_PORT_TAKEN = re.compile(r"address (is )?already in use|EADDRINUSE|address in use", re.IGNORECASE)
+# Paddle 3.3's store does not say so: it fails an assertion of libuv when it cannot bind.
+_PORT_TAKEN = re.compile(
+    r"address (is )?already in use|EADDRINUSE|address in use|uv__finish_close: Assert", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: the exit code of the first rank that failed, or 0; with that rank's last lines.
+    """How a job ended: the exit code of the first rank that failed, or 0; with the end of that rank's log.
 
     ``signal`` is what the driver was sent and passed on, if anything. ``reason`` is a sentence if it was not a rank's
     own end that ended the job.
@@ -37,6 +42,11 @@ class Outcome:
     last_lines: tuple[str, ...] = ()
     signal: signal.Signals | None = None
     reason: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The last lines as they are put below a message."""
+        return "".join(f"\n  | {line}" for line in self.last_lines[-SHOWN_LINES:])
 
     @property
     def port_taken(self) -> bool:

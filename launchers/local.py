@@ -15,7 +15,7 @@ from types import FrameType
 
 from gpt.config import Config
 from launchers import host
-from launchers.ending import GRACE_SECONDS, LAST_LINES, Outcome, Watched, blamed
+from launchers.ending import GRACE_SECONDS, READ_LINES, Outcome, Watched, blamed
 from launchers.places import Place
 
 POLL_SECONDS = 0.05
@@ -108,7 +108,7 @@ class Worker:
         """The end of what it wrote in this start."""
         with open(self.log, "rb") as file:
             file.seek(max(self._begin, self.log.stat().st_size - 64 * 1024))
-            return tuple(file.read().decode("utf-8", errors="replace").splitlines()[-LAST_LINES:])
+            return tuple(file.read().decode("utf-8", errors="replace").splitlines()[-READ_LINES:])
 
     def last_written(self) -> float:
         """When it last wrote a line."""
