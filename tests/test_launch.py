@@ -1,4 +1,4 @@
-"""How a job becomes processes and ends: places, first failures, ports, hangs, signals, devices.
+"""How a job becomes processes and ends: places, first failures, ports, hangs, devices.
 
 The workers here are a few lines of Python without Paddle, so that a promise takes a second to keep.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, configured
+from test_signals import alive
 
 from gpt import heartbeat
 from gpt.config import Device
@@ -305,57 +304,6 @@ def test_a_heartbeat_is_whole_at_any_time_and_costs_little(tmp_path: Path) -> No
     assert time.perf_counter() - begin < 0.5
     heartbeat.clear(tmp_path)
     assert heartbeat.read(tmp_path, 5) is None
-
-
-# --- signals ---
-
-DRIVER = f"""
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from launchers import local, places
-env = dict(os.environ, GPT_DRIVER_PID=str(os.getpid()))
-here = Path(sys.argv[1]).parent
-outcome = local.run_workers(
-    [sys.argv[1]], lambda: places.here(3, gpu=False), here / "logs", env, show=print, poll=lambda: None
-)
-sys.exit(outcome.code if outcome.code >= 0 else 128 - outcome.code)
-"""
-SLEEPER = """
-from gpt import guard
-guard.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
-open(f"{sys.argv[0]}.{rank}", "w").write(str(os.getpid()))
-time.sleep(600)
-"""
-
-
-def alive(pid: int) -> bool:
-    """Whether it runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_process_is_left_however_the_driver_ends(
-    standin: Callable[[str], str], tmp_path: Path, number: signal.Signals
-) -> None:
-    script = standin(SLEEPER)
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, script])
-    files = [tmp_path / f"standin.py.{rank}" for rank in range(3)]
-    wait_for(lambda: all(f.exists() and f.read_text() for f in files))
-    driver.send_signal(number)
-    code = driver.wait(10)
-    assert code == -9 if number is signal.SIGKILL else code == 128 + number
-    wait_for(lambda: not any(alive(int(f.read_text())) for f in files))
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # --- devices ---

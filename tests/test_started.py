@@ -289,6 +289,23 @@ def test_what_rank_0_refuses_or_needs_no_ranks_ends_all_with_one_message(ranks: 
     assert not code or not ranks.run_dir.exists()
 
 
+@pytest.mark.slow
+def test_started_alone_the_command_starts_every_rank_and_shows_who_failed(ranks: Ranks) -> None:
+    ranks.start("print('here is rank', rank, flush=True)\nresult()\n", [{}])
+    ((code, said),) = ranks.ends()
+    assert code == 0, said
+    assert "here is rank 0" in said
+    assert "here is rank 1" not in said
+    ranks.processes.clear()
+    (ranks.run_dir / "result.json").unlink()
+    ranks.start("if rank == 0: time.sleep(600)\nprint('the cause', flush=True)\nsys.exit(7)\n", [{}])
+    ((code, said),) = ranks.ends()
+    assert code == 7
+    log = ranks.run_dir / "logs" / "worker.1.log"
+    assert said.endswith(f"worker 1 ended with exit code 7; its log: {log}\n  | the cause\n")
+    assert "Traceback" not in said
+
+
 # --- the real one ---
 
 
