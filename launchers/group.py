@@ -15,6 +15,7 @@ import select
 import signal
 import socket
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gpt.config import UserError
 from gpt.guard import FAILED
 from launchers import roles
 from launchers.ending import Outcome
+from launchers.places import Place
 from launchers.roles import Role
 from launchers.watchdog import named
 
@@ -150,7 +152,7 @@ class Hub:
                 return
             line = _Line(self._listener.accept()[0])
             hello = next(line.receive(5.0), {})
-            if hello.get("job") == list(self.place.endpoints):  # else somebody who mistook the port
+            if hello.get("job") == _key(self.place):  # else somebody who mistook the port
                 self.remotes.append(Remote(int(hello["rank"]), line))
             else:
                 line.close()
@@ -173,6 +175,11 @@ def hub() -> Hub:
     return Hub(roles.detect(os.environ))
 
 
+def _key(place: Place) -> int:
+    """What all ranks of a job know and no other job does; short, so that it comes in one piece."""
+    return zlib.crc32(",".join(place.endpoints).encode())
+
+
 def _listen_on(endpoint: str, backlog: int) -> socket.socket:
     host, _, port = endpoint.rpartition(":")
     try:
@@ -188,7 +195,7 @@ class Member:
         self.role = role
         self.place = roles.place(role, os.environ)
         self._line = _connected(self.place.endpoints[0], JOIN_SECONDS)
-        self._line.send({"rank": role.rank, "job": list(self.place.endpoints)})
+        self._line.send({"rank": role.rank, "job": _key(self.place)})
         self.over: int | None = None
 
     def wait_for_job(self) -> tuple[Path, Path] | None:

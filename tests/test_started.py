@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_signals import wait_for
 
 from gpt.config import UserError
 from launchers import places, roles
@@ -240,16 +241,32 @@ def test_a_rank_elsewhere_that_fails_ends_the_job_and_is_shown_by_rank_0(ranks: 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_vanishes_ends_the_others(ranks: Ranks, victim: int) -> None:
     ranks.start("time.sleep(600)\n", as_paddle())
-    deadline = time.monotonic() + 60
-    while not all((ranks.run_dir / f"rank{rank}.json").exists() for rank in range(2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: len(list(ranks.run_dir.glob("rank*.json"))) == 2, 60)
     ranks.processes[victim].kill()
     ends = ranks.ends()
     assert ends[victim][0] == -9
     assert ends[1 - victim][0] > 0
     if victim:
         assert "the process that looked after rank 1 vanished" in ends[0][1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_ranks_lets_their_workers_save(ranks: Ranks) -> None:
+    body = (
+        "def save(number, frame):\n"
+        "    time.sleep(0.5 + rank)\n"
+        "    (run_dir / f'saved{rank}').write_text('')\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(run_dir / f'rank{rank}.ready').write_text('')\n"
+        "time.sleep(600)\n"
+    )
+    ranks.start(body, as_paddle())
+    wait_for(lambda: len(list(ranks.run_dir.glob("rank*.ready"))) == 2, 60)
+    for process in ranks.processes:
+        process.terminate()
+    assert [code for code, _ in ranks.ends()] == [143, 143]
+    assert len(list(ranks.run_dir.glob("saved*"))) == 2
 
 
 @pytest.mark.slow
