@@ -16,16 +16,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt.config import Config, UserError
+from gpt.files import conf_dir
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
-
-
-def conf_dir() -> str:
-    """The folder of configuration groups: ``gpt/conf`` in a wheel, ``conf/`` beside the package in a checkout."""
-    here = Path(__file__).resolve().parent
-    return next(str(d) for d in (here / "conf", here.parent / "conf") if (d / "config.yaml").is_file())
 
 
 def register() -> None:
@@ -90,7 +85,7 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def explain(error: Exception, arguments: list[str]) -> str:
+def explain(error: BaseException, arguments: list[str]) -> str:
     """Why the command line could not be composed: each override is tried alone, so all bad ones are named."""
     problems = []
     for override in overrides_of(arguments):
@@ -111,6 +106,14 @@ def overrides_of(arguments: list[str]) -> list[str]:
 
     overrides: list[str] = get_args_parser().parse_known_args(arguments)[0].overrides
     return overrides
+
+
+def wants_grid(arguments: list[str]) -> bool:
+    """Whether the command asks for a grid (``-m``)."""
+    from hydra._internal.utils import get_args_parser
+
+    parsed = get_args_parser().parse_known_args(arguments)[0]
+    return bool(parsed.multirun) or "hydra.mode=MULTIRUN" in parsed.overrides
 
 
 def _expand(override: str) -> list[str]:
@@ -138,6 +141,6 @@ def _translate(override: str, error: Exception) -> str:
     return f"{override}: {_first_lines(error)}"
 
 
-def _first_lines(error: Exception) -> str:
+def _first_lines(error: BaseException) -> str:
     cause = f": {str(error.__cause__).splitlines()[0]}" if error.__cause__ else ""
     return " ".join(str(error).split("\n\n")[0].splitlines()[:3]) + cause

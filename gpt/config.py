@@ -261,6 +261,7 @@ class Cluster:
 
     device: Device = MISSING
     threads: int | None = None
+    hang_seconds: int = 0  # without progress of any rank until the job counts as stuck; 0: never
 
 
 @dataclass

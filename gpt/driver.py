@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import plan, runs
-from gpt.config import Config, Split, Task, UserError, one_rank, world_size
+from gpt import heartbeat, plan, runs
+from gpt.config import Config, Device, Split, Task, UserError, one_rank, world_size
 from gpt.console import Console
 from gpt.data import corpus
 from gpt.data.samples import Samples
 from gpt.files import Lock
-from gpt.guard import BAD_INPUT, FAILED
+from gpt.guard import BAD_INPUT, FAILED, GUARD
 from gpt.optim import lr_at
 from gpt.runs import Job
 from gpt.topology import unsupported
-from launchers import host, local
+from launchers import group, host, local, places, roles
+from launchers.ending import Outcome
+from launchers.watchdog import Watchdog
 
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
 
@@ -41,7 +43,9 @@ def gate(config: Config, run_dir: Path) -> None:
     """
     if config.task is Task.plan:
         return
-    problems = unsupported(config) + host.problems(config)
+    role, ranks = group.hub().role, world_size(config)
+    problems = role.problems(ranks, dict(plan.summary(config))["ranks"]) + unsupported(config)
+    problems += host.problems(config, role.local_size if role.starter else ranks)
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
     else:
@@ -150,43 +154,65 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     Raises:
         JobFailed: a worker ended with anything but 0.
     """
-    training = job.config.task is Task.pretrain
+    config, logs, ranks = job.config, job.run_dir / "logs", world_size(job.config)
+    training, gpu = config.task is Task.pretrain, config.cluster.device is Device.gpu
     records = local.Tail(job.run_dir / "metrics.jsonl")
-    with console.progress(job.config.trainer.max_steps if training else None) as progress:
+    # One rank has nobody to wait for.
+    watchdog = Watchdog(logs, ranks, config.cluster.hang_seconds if ranks > 1 else 0, records.path)
+    heartbeat.clear(logs)
+    hub = group.hub()
+    hub.announce(job.run_dir, file)
+    with console.progress(config.trainer.max_steps if training else None) as progress:
+
+        def poll() -> Outcome | None:
+            progress.records(records.lines())
+            stuck = watchdog.stuck()
+            return Outcome(GUARD, reason=stuck) if stuck else None
+
         outcome = local.run_workers(
             ["-m", "gpt.worker", str(job.run_dir), str(file)],
-            local.places(world_size(job.config), job.config.cluster.device),
-            job.run_dir / "logs",
-            local.environment(job.config, world_size(job.config), live=progress.live),
+            lambda: [roles.place(hub.role, os.environ, gpu=gpu)] if hub.role.starter else places.here(ranks, gpu=gpu),
+            logs,
+            local.environment(config, hub.role.local_size if hub.role.starter else ranks, live=progress.live),
             show=progress.line,
-            poll=lambda: progress.records(records.lines()),
+            poll=poll,
+            others=hub.remotes,
             hand_over=(lock.descriptor,) if lock else (),
+            retry=not hub.role.starter,
         )
-    if outcome.code == 0:
-        return
-    if outcome.code == BAD_INPUT:
-        raise JobFailed("", BAD_INPUT)
+    if outcome.code:
+        raise _failure(outcome, logs / f"worker.{outcome.rank}.log")
+
+
+def _failure(outcome: Outcome, log: Path) -> JobFailed:
+    """What the user is told; the lines of rank 0 are on the terminal already, those of another rank are not."""
+    if outcome.reason:
+        return JobFailed(outcome.reason, outcome.code)
+    if outcome.code == BAD_INPUT and outcome.rank == 0:
+        return JobFailed("", BAD_INPUT)
     if outcome.signal and outcome.code < 0:
-        raise JobFailed(f"ended by {outcome.signal.name} before it could save", 128 + outcome.signal)
+        return JobFailed(f"ended by {outcome.signal.name} before it could save", 128 + outcome.signal)
     if outcome.code < 0:
         name = signal.Signals(-outcome.code).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
-        last = "\n".join(f"  | {line}" for line in outcome.last_lines)
         message = f"worker {outcome.rank} was ended by {name}{hint}; the same command goes on from the last checkpoint"
-        raise JobFailed(f"{message}\n{last}", FAILED)
-    where = job.run_dir / "logs" / f"worker.{outcome.rank}.log"
-    raise JobFailed(f"worker {outcome.rank} ended with exit code {outcome.code}; its log: {where}", outcome.code)
+        return JobFailed(f"{message}{outcome.shown}", FAILED)
+    message = f"worker {outcome.rank} ended with exit code {outcome.code}; its log: {log}"
+    return JobFailed(f"{message}{outcome.shown if outcome.rank else ''}", outcome.code)
 
 
 def _header(job: Job) -> list[tuple[str, str]]:
     config = job.config
     rows = dict(plan.summary(config))
     entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
-    threads = config.cluster.threads or host.cores()
+    role, ranks = group.hub().role, world_size(config)
+    threads = config.cluster.threads or max(1, host.cores() // (role.local_size if role.starter else ranks))
     device = f"{config.cluster.device.value}, {config.precision.dtype.value}"
     shape = f"{config.model.layers} layers x {config.model.hidden}, {rows['parameters']} parameters"
+    started = f", started by {role.starter}" if role.starter else ""
     return [
         ("device", f"{device}, {threads} threads" if config.cluster.device.value == "cpu" else device),
+        *([("ranks", f"{rows['ranks']}{started}")] if ranks > 1 else []),
         ("model", f"{config.model.name}: {shape}"),
         ("data", f"{config.data.kind.value}: {job.data.tokens:,} tokens{entropy}"),
         ("batch", rows["batch"]),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from gpt import exchange, optim, whole
+from gpt import exchange, heartbeat, optim, whole
 from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro_batch_size
 from gpt.data.samples import Batch, Samples
 from gpt.guard import require_finite
@@ -90,8 +90,10 @@ class Engine:
         (count,) = self.topology.totals(self._said(float(batch.mask_BT.sum())))
 
         self.model.train()
+        heartbeat.beat(number, "forward and backward")
         own_loss = self._accumulate(number, batch, max(count, 1.0))
         parameters = list(self.parameters.values())
+        heartbeat.beat(number, "reduce and update")
         exchange.sum_gradients(self.topology, parameters)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)

@@ -16,6 +16,12 @@ from typing import Any
 TEMPORARY = ".tmp-"  # prefix of what is not finished; safe to delete when nobody holds the lock
 
 
+def conf_dir() -> str:
+    """The folder of configuration groups: ``gpt/conf`` in a wheel, ``conf/`` beside the package in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(str(d) for d in (here / "conf", here.parent / "conf") if (d / "config.yaml").is_file())
+
+
 def sync_directory(path: Path) -> None:
     """Make renames inside ``path`` durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import signal
 import sys
 from types import FrameType
 
 DONE, FAILED, BAD_INPUT, GUARD = 0, 1, 2, 3
+PR_SET_PDEATHSIG = 1
 
 
 class GuardError(Exception):
     """The run must stop before its weights are harmed; the message says why and what to try."""
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask Linux for SIGTERM if ``parent``, which started us, dies, even by SIGKILL; the run is then saved and ended."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)  # it died before we asked
 
 
 class Signals:

@@ -17,19 +17,20 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from gpt import cli  # noqa: E402
+from gpt import cli, driver, follow  # noqa: E402
 from gpt.config import UserError  # noqa: E402
+from gpt.driver import JobFailed  # noqa: E402
+from gpt.files import conf_dir  # noqa: E402
 from gpt.guard import BAD_INPUT, FAILED  # noqa: E402
+from launchers import roles  # noqa: E402
 
 STOPPED = (130, 143)
 
 cli.register()
 
 
-@hydra.main(version_base="1.3", config_path=cli.conf_dir(), config_name="config")
+@hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _composed(composed: DictConfig) -> float | None:
-    from gpt import driver
-
     hydra_config = HydraConfig.get()
     config = cli.checked(composed, hydra_config.runtime.choices)
     run_dir = Path(hydra_config.runtime.output_dir)
@@ -37,13 +38,13 @@ def _composed(composed: DictConfig) -> float | None:
         if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already
             driver.gate(config, run_dir)
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
-    except UserError:
-        _remove_if_empty(run_dir)  # Hydra has made it by now
-        raise
-    except driver.JobFailed as failure:
-        # SystemExit ends a grid as well, where an Exception would start its next cell.
-        if hydra_config.mode is RunMode.RUN or failure.code in STOPPED:
-            sys.exit(_said(str(failure), failure.code))
+    except (UserError, JobFailed, OSError) as error:
+        if isinstance(error, UserError):
+            _remove_if_empty(run_dir)  # Hydra has made it by now
+        code = _said(error)
+        # After an Exception Hydra goes on with a grid's next cell; SystemExit ends it.
+        if hydra_config.mode is RunMode.RUN or code in STOPPED:
+            sys.exit(code)
         raise
 
 
@@ -56,27 +57,35 @@ def _remove_if_empty(folder: Path) -> None:
 
 def main() -> None:
     """Run the command line; every ending is an exit code of the table in docs/architecture.md."""
-    from gpt.driver import JobFailed
-
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with advice
+    role, code = roles.detect(os.environ), 0
     try:
-        _composed()
-    except UserError as error:
-        sys.exit(_said(str(error), BAD_INPUT))
-    except JobFailed as failure:
-        sys.exit(_said(str(failure), failure.code))
-    except cli.CONFIG_ERRORS as error:
-        sys.exit(_said(cli.explain(error, sys.argv[1:]), BAD_INPUT))
-    except OSError as error:  # a full or lost disk
-        sys.exit(_said(f"FAILED: {error}", FAILED))
-    except KeyboardInterrupt:
-        sys.exit(_said("interrupted", 130))
+        follow.run(role, _composed) if role.starter else _composed()
+    except (UserError, JobFailed, OSError, KeyboardInterrupt, *cli.CONFIG_ERRORS) as error:
+        code = _said(error)
+    except SystemExit as end:  # what it had to say is said
+        code = end.code if isinstance(end.code, int) else FAILED if end.code else 0
+    follow.over(role, code)
+    sys.exit(code)
 
 
-def _said(message: str, code: int) -> int:
-    if message:
+def _said(error: BaseException) -> int:
+    """Tell the user, once, and return the exit code."""
+    message, code = str(error), FAILED
+    if isinstance(error, UserError):
+        code = BAD_INPUT
+    elif isinstance(error, JobFailed):
+        code = error.code if error.code > 0 else FAILED
+    elif isinstance(error, OSError):  # a full or lost disk
+        message = f"FAILED: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        message, code = "interrupted", STOPPED[0]
+    else:
+        message, code = cli.explain(error, sys.argv[1:]), BAD_INPUT
+    if message and not getattr(error, "said", False):
         print(message, file=sys.stderr, flush=True)
-    return code if code > 0 else FAILED
+        error.said = True  # type: ignore[attr-defined]  # a grid raises it again at its end
+    return code
 
 
 if __name__ == "__main__":

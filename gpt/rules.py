@@ -118,7 +118,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
         "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
         "generate.max_new_tokens": 1, "generate.temperature": 0, "generate.top_k": 0,
-        "generate.num_samples": 1, "cluster.threads": 1, "seed": 0,
+        "generate.num_samples": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
     }  # fmt: skip
     for key, low in at_least.items():
         value = _get(config, key)

@@ -6,23 +6,41 @@ Even a single rank is a worker process: thread counts and the allocator must be 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import faulthandler
 import io
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+ORPHAN_SECONDS = 60.0  # for a worker without its driver to save and end
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM if the driver dies, even by SIGKILL; the run is then saved and ended."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(os.environ.get("GPT_DRIVER_PID", os.getppid())):
-        sys.exit(128 + signal.SIGTERM)  # it died before we asked
+def watched() -> None:
+    """Let the driver find out where we are, and do not outlive it, even if we wait for a rank that is gone.
+
+    SIGTERM at the driver's death becomes a flag that the training loop reads; a rank that never leaves a collective
+    never reads it, so a thread sees to the end as well.
+    """
+    from gpt import guard, heartbeat
+
+    driver = int(os.environ.get("GPT_DRIVER_PID", os.getppid()))
+    guard.die_with_parent(driver)
+    faulthandler.register(signal.SIGUSR1)  # the stack goes to our log, whatever we are waiting for
+    threading.Thread(target=_end_without, args=(driver,), daemon=True).start()
+    heartbeat.begin(Path(sys.argv[1]) / "logs", int(os.environ.get("PADDLE_TRAINER_ID", "0")))
+    heartbeat.beat(0, "start")
+
+
+def _end_without(driver: int) -> None:
+    while os.getppid() == driver:
+        time.sleep(1.0)
+    time.sleep(ORPHAN_SECONDS)
+    os._exit(128 + signal.SIGTERM)
 
 
 def import_paddle() -> None:
@@ -38,7 +56,7 @@ def import_paddle() -> None:
 
 def main() -> None:
     """Run the job's task; the exit code is the task's."""
-    die_with_parent()
+    watched()
     from gpt.guard import BAD_INPUT, FAILED, GUARD, GuardError, Signals
 
     signals = Signals()  # from here on a signal is remembered, also during the imports

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
-import socket
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from gpt.config import Config, Device, DType
+from gpt.files import conf_dir
 
 TESTED_PADDLE = ("3.3.1",)
 INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.paddlepaddle.org.cn/en/install/quick"
@@ -18,15 +21,6 @@ INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this host that nobody listens on, distinct because all are bound at once."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def mkl_settings() -> dict[str, str]:
@@ -69,8 +63,22 @@ def resolve_device(config: Config) -> Device:
     return Device.gpu if gpus() and package and package[0] == "paddlepaddle-gpu" else Device.cpu
 
 
-def problems(config: Config) -> list[str]:
-    """What this machine lacks for the job."""
+def presets_up_to(ranks: int) -> list[str]:
+    """Names of the options of ``parallel`` that need no more ranks than that, the largest first."""
+    sizes = {}
+    for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
+        degrees: Any = OmegaConf.load(path)
+        sizes[path.stem] = math.prod([degrees.get(f"{name}_degree", 1) for name in ("dp", "sharding", "mp", "pp")])
+    return sorted((name for name, size in sizes.items() if size <= ranks), key=lambda name: -sizes[name])
+
+
+def problems(config: Config, ranks: int) -> list[str]:
+    """What this machine lacks for the job.
+
+    Args:
+        config: of the job.
+        ranks: that would run here, one per device.
+    """
     found = []
     package = paddle_package()
     if package is None:
@@ -82,6 +90,11 @@ def problems(config: Config) -> list[str]:
         found.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")
     elif device is Device.gpu and gpus() == 0:
         found.append("cluster.device=gpu, but there is no GPU here: use cluster.device=cpu")
+    elif device is Device.gpu and ranks > gpus():
+        found.append(
+            f"{ranks:,} ranks need a GPU each, and this host has {gpus()}: of the presets of parallel, "
+            f"{', '.join(presets_up_to(gpus()))} fit; cluster.device=cpu simulates all {ranks:,} ranks on the CPU"
+        )
     if device is Device.cpu and config.precision.dtype is not DType.fp32:
         found.append(
             f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gpt.config import Config, Device
+from gpt.config import Config
 from launchers import host
+from launchers.ending import GRACE_SECONDS, READ_LINES, Outcome, Watched, blamed
+from launchers.places import Place
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 60.0  # from a signal to SIGKILL: time to finish the step and to save
-LAST_LINES = 15
+END_SECONDS = 5.0  # for the ranks that a failure of another one ends
+TRACE_SECONDS = 0.5  # for a stuck rank to write where it is
 # Big blocks stay in the process: otherwise every temporary of tens of MB is mapped, zeroed page by page and
 # unmapped again, a fifth of a training step on a CPU.
 MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
@@ -44,48 +46,10 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
         **host.mkl_settings(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "PYTHONUNBUFFERED": "1",
-        "GLOG_minloglevel": "1",  # Paddle's C++ side otherwise reports every connection
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
         "GPT_DRIVER_PID": str(os.getpid()),
         "GPT_LIVE": "1" if live else "",
     }
-
-
-def places(ranks: int, device: Device) -> list[dict[str, str]]:
-    """What tells each rank who it is and where the others are, in Paddle's terms."""
-    *ports, meeting = host.free_ports(ranks + 1)
-    endpoints = [f"127.0.0.1:{port}" for port in ports]
-    shared = {
-        "PADDLE_TRAINERS_NUM": str(ranks),
-        "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
-        "PADDLE_MASTER": f"127.0.0.1:{meeting}",
-    }
-    if device is Device.cpu:
-        shared["PADDLE_DISTRI_BACKEND"] = "gloo"
-    return [
-        {
-            **shared,
-            "PADDLE_TRAINER_ID": str(rank),
-            "PADDLE_CURRENT_ENDPOINT": endpoint,
-            "PADDLE_LOCAL_RANK": str(rank),
-            "PADDLE_RANK_IN_NODE": str(rank),
-            **({} if device is Device.cpu else {"FLAGS_selected_gpus": str(rank)}),
-        }
-        for rank, endpoint in enumerate(endpoints)
-    ]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: the exit code of the first rank that failed, or 0; with that rank's last lines.
-
-    ``signal`` is what the driver was sent and passed on, if anything.
-    """
-
-    code: int
-    rank: int = 0
-    last_lines: tuple[str, ...] = ()
-    signal: signal.Signals | None = None
 
 
 class Tail:
@@ -111,75 +75,148 @@ class Tail:
         return [line.decode("utf-8", errors="replace") for line in whole]
 
 
+class Worker:
+    """A rank that runs here, in a session of its own so that all its processes can be reached at once."""
+
+    def __init__(
+        self, command: list[str], place: Place, log: Path, env: dict[str, str], hand_over: tuple[int, ...]
+    ) -> None:
+        self.rank = place.rank
+        self.ended: float | None = None
+        self.log = log
+        self._begin = log.stat().st_size if log.exists() else 0
+        with open(log, "ab") as file:
+            self._process = subprocess.Popen(
+                command,
+                env={**env, **place.variables()},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=hand_over,
+            )
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+        code = self._process.poll()
+        if code is not None and self.ended is None:
+            self.ended = time.monotonic()
+        return code
+
+    def last_lines(self) -> tuple[str, ...]:
+        """The end of what it wrote in this start."""
+        with open(self.log, "rb") as file:
+            file.seek(max(self._begin, self.log.stat().st_size - 64 * 1024))
+            return tuple(file.read().decode("utf-8", errors="replace").splitlines()[-READ_LINES:])
+
+    def last_written(self) -> float:
+        """When it last wrote a line."""
+        return self.log.stat().st_mtime
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send a signal to it and to what it started."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended by then."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self.code is not None
+
+
 def run_workers(
     arguments: list[str],
-    own: list[dict[str, str]],
+    places: Callable[[], list[Place]],
     log_dir: Path,
     env: dict[str, str],
     *,
     show: Callable[[str], None],
-    poll: Callable[[], None],
+    poll: Callable[[], Outcome | None],
+    others: Sequence[Watched] = (),
     hand_over: tuple[int, ...] = (),
+    retry: bool = True,
 ) -> Outcome:
-    """Start one worker per rank and watch them to the end.
+    """Start one worker per place and watch them to the end.
+
+    The first failing rank ends the job. If that was because another program took a port in the moment between choosing
+    it and using it, the job is started once more on other ports.
 
     Args:
         arguments: after ``python``.
-        own: environment of each worker besides ``env``; one for each rank.
+        places: of the ranks to start here; asked again for a second start.
         log_dir: gets ``worker.R.log``, appended to.
-        env: of every worker.
-        show: gets the lines of rank 0.
-        poll: called every few hundredths of a second.
+        env: of every worker, to which its place is added.
+        show: gets the lines of the first of them.
+        poll: called every few hundredths of a second; an outcome ends the job.
+        others: ranks of the job that run elsewhere.
         hand_over: file descriptors that the workers keep open (the run's lock).
+        retry: whether ``places`` can choose other ports.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    tails = [Tail(log_dir / f"worker.{rank}.log") for rank in range(len(own))]
-    processes: list[subprocess.Popen[bytes]] = []
-    with _forwarded(processes) as received:
-        for rank, place in enumerate(own):
-            with open(tails[rank].path, "ab") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *arguments],
-                        env={**env, **place},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                        pass_fds=hand_over,
-                    )
-                )
+    outcome = _attempt(arguments, places(), log_dir, env, show, poll, others, hand_over)
+    if outcome.port_taken and not outcome.signal and retry:
+        show("a port of this job was taken by another program meanwhile; starting once more on other ports")
+        outcome = _attempt(arguments, places(), log_dir, env, show, poll, others, hand_over)
+    return outcome
+
+
+def _attempt(
+    arguments: list[str],
+    places: list[Place],
+    log_dir: Path,
+    env: dict[str, str],
+    show: Callable[[str], None],
+    poll: Callable[[], Outcome | None],
+    others: Sequence[Watched],
+    hand_over: tuple[int, ...],
+) -> Outcome:
+    tail = Tail(log_dir / f"worker.{places[0].rank}.log")
+    workers: list[Worker] = []
+    with _forwarded(workers) as received:
         try:
-            failed = _watch(processes, tails[0], received, show, poll)
+            for place in places:
+                log = log_dir / f"worker.{place.rank}.log"
+                workers.append(Worker([sys.executable, *arguments], place, log, env, hand_over))
+                if received.number:  # it came while this one was being started
+                    workers[-1].stop(received.number)
+            outcome = _watch(workers, others, tail, received, show, poll)
         finally:
-            _end(processes)
-    for line in tails[0].lines(final=True):
+            _end([*workers, *others])
+    for line in tail.lines(final=True):
         show(line)
     poll()
-    if failed is None:
-        return Outcome(0)
-    text = tails[failed].path.read_text(encoding="utf-8", errors="replace")
-    return Outcome(processes[failed].returncode, failed, tuple(text.splitlines()[-LAST_LINES:]), received.number)
+    return outcome
 
 
 def _watch(
-    processes: list[subprocess.Popen[bytes]],
+    workers: list[Worker],
+    others: Sequence[Watched],
     tail: Tail,
     received: _Received,
     show: Callable[[str], None],
-    poll: Callable[[], None],
-) -> int | None:
-    """Until all have ended well, or one has not: that one."""
+    poll: Callable[[], Outcome | None],
+) -> Outcome:
+    """Until all have ended well, or it is clear which one has not, or ``poll`` knows better."""
+    everyone: list[Watched] = [*workers, *others]
     while True:
-        codes = [process.poll() for process in processes]
+        codes = [worker.code for worker in everyone]
         for line in tail.lines():
             show(line)
-        poll()
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None or all(code == 0 for code in codes):
-            return failed
+        verdict = poll()
+        failed = blamed(everyone, time.monotonic(), received.number)
+        if failed is not None:
+            assert failed.code
+            return Outcome(failed.code, failed.rank, failed.last_lines(), received.number)
+        if all(code == 0 for code in codes):
+            return Outcome(0)
+        if verdict is not None:
+            _trace(workers)
+            return verdict
         if received.number and time.monotonic() - received.since > GRACE_SECONDS:
-            _kill(processes, signal.SIGKILL)
+            _stop(workers, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
 
 
@@ -192,12 +229,12 @@ class _Received:
 
 
 @contextlib.contextmanager
-def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[_Received]:
+def _forwarded(workers: list[Worker]) -> Iterator[_Received]:
     """Pass SIGTERM and Ctrl-C on to the workers, which save and end; a second one kills."""
     received = _Received()
 
     def forward(number: int, frame: FrameType | None) -> None:
-        _kill(processes, signal.SIGKILL if received.number else signal.Signals(number))
+        _stop(workers, signal.SIGKILL if received.number else signal.Signals(number))
         if not received.number:
             received.number, received.since = signal.Signals(number), time.monotonic()
 
@@ -209,20 +246,23 @@ def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[_Received]:
             signal.signal(number, handler)
 
 
-def _kill(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
-    for process in processes:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+def _stop(workers: Sequence[Watched], number: signal.Signals) -> None:
+    for worker in workers:
+        worker.stop(number)
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+def _trace(workers: Sequence[Worker]) -> None:
+    """Let stuck ranks write where they are: ``gpt.worker`` answers SIGUSR1 with its stack, whatever it waits for."""
+    _stop(workers, signal.SIGUSR1)
+    time.sleep(TRACE_SECONDS)
+
+
+def _end(workers: Sequence[Watched]) -> None:
     """End what still runs: first kindly."""
-    _kill(processes, signal.SIGTERM)
-    deadline = time.monotonic() + 5.0
-    for process in processes:
-        try:
-            process.wait(max(0.05, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            _kill([process], signal.SIGKILL)
-            process.wait()
+    running = [worker for worker in workers if worker.code is None]
+    _stop(running, signal.SIGTERM)
+    deadline = time.monotonic() + END_SECONDS
+    for worker in running:
+        if not worker.wait(max(0.05, deadline - time.monotonic())):
+            worker.stop(signal.SIGKILL)
+            worker.wait(END_SECONDS)

@@ -41,6 +41,7 @@ def configuration(model: str, batch: int, dropout: float) -> Config:
     from hydra import compose, initialize_config_dir
 
     from gpt import cli
+    from gpt.files import conf_dir
 
     cli.register()
     overrides = [
@@ -48,7 +49,7 @@ def configuration(model: str, batch: int, dropout: float) -> Config:
         f"trainer.global_batch_size={batch}", f"model.dropout={dropout}", f"model.attention_dropout={dropout}",
         "cluster.device=cpu",
     ]  # fmt: skip
-    with initialize_config_dir(config_dir=cli.conf_dir(), version_base="1.3"):
+    with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
         composed = compose("config", overrides)
     return typed(composed)
 

@@ -17,8 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpt.config import Device
-from launchers import host, local
+from launchers import host, places
 
 TESTS = Path(__file__).resolve().parent
 LAST_LINES = 25
@@ -49,10 +48,10 @@ def run(target: str, world_size: int, *arguments: Any, timeout: float = 120) -> 
         folder = Path(name)
         logs = [folder / f"{rank}.log" for rank in range(world_size)]
         processes = []
-        for rank, place in enumerate(local.places(world_size, Device.cpu)):
+        for rank, place in enumerate(places.here(world_size, gpu=False)):
             with open(logs[rank], "wb") as log:
                 command = [sys.executable, __file__, target, str(folder / f"{rank}.json"), json.dumps(arguments)]
-                env = {**environment(), **place}
+                env = {**environment(), **place.variables()}
                 processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
         try:
             _watch(processes, logs, time.monotonic() + timeout)

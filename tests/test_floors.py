@@ -11,7 +11,7 @@ from conftest import ROOT
 
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
-    {"gpt", "gpt.config", "gpt.files", "gpt.guard"},
+    {"gpt", "gpt.config", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.rules", "gpt.plan", "gpt.optim"},
     {"gpt.data", "gpt.data.tokens", "gpt.data.tokenizer", "gpt.data.order", "gpt.data.corpus", "gpt.data.samples"},
     {"gpt.kernels"},
@@ -24,9 +24,11 @@ FLOORS = [
     {"gpt.pipeline"},
     {"gpt.checkpoint", "gpt.log", "gpt.report", "gpt.console"},
     {"gpt.engine"},
-    {"gpt.meter", "launchers", "launchers.host", "launchers.local"},
+    {"gpt.meter", "launchers", "launchers.host", "launchers.places", "launchers.ending", "launchers.watchdog"},
+    {"launchers.local", "launchers.roles"},
+    {"launchers.group"},
     {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
-    {"gpt.worker", "gpt.driver", "gpt.cli"},
+    {"gpt.worker", "gpt.driver", "gpt.follow", "gpt.cli"},
     {"gpt.main"},
 ]
 NO_PADDLE = [
@@ -35,9 +37,11 @@ NO_PADDLE = [
     "gpt.plan",
     "gpt.runs",
     "gpt.driver",
+    "gpt.follow",
     "gpt.cli",
     "gpt.data.samples",
     "launchers.local",
+    "launchers.group",
 ]
 
 

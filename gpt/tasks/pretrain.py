@@ -7,7 +7,7 @@ from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
 
-from gpt import checkpoint, guard, log, whole
+from gpt import checkpoint, guard, heartbeat, log, whole
 from gpt.config import Split, UserError, global_batch_size, one_rank, plain
 from gpt.data.samples import Samples
 from gpt.engine import Engine
@@ -98,6 +98,7 @@ class Session:
     def evaluate(self) -> dict[str, float]:
         """Loss on the validation split; returns what belongs in the record."""
         assert self.val
+        heartbeat.beat(self.step, "evaluate")
         loss = self.engine.evaluate(self.val, self.job.config.trainer.eval_batches)
         self.last_validation = validation(loss, self.job.data)
         return self.last_validation
@@ -116,6 +117,7 @@ class Session:
 
     def save(self) -> None:
         """Copy the state and let it be written in the background."""
+        heartbeat.beat(self.step, "save")
         model, optimizer, rest = self.engine.state()
         if self.saver is None:
             return
@@ -137,6 +139,7 @@ class Session:
 
         Every rank must call it: what ``show`` is, only the first one knows.
         """
+        heartbeat.beat(self.step, "sample")
         engine, parallel = self.engine, self.job.config.parallel
         if parallel.mp_degree * parallel.pp_degree > 1:
             weights = engine.weights()

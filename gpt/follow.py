@@ -1,0 +1,75 @@
+"""A process that a launcher has started, one per rank: rank 0 does what a user's command does, the others follow it.
+
+Each looks after one worker. That is not a second start: thread counts and the allocator must be in a worker's
+environment before it begins, and who looks after it can end it when it hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+from gpt import cli
+from gpt.config import Device, UserError
+from gpt.guard import FAILED, die_with_parent
+from gpt.runs import Job
+from launchers import group, local, roles
+from launchers.roles import Role
+
+
+def run(role: Role, command: Callable[[], object]) -> None:
+    """Do this rank's part.
+
+    Args:
+        role: as detected.
+        command: what rank 0 does.
+
+    Raises:
+        UserError: the ranks do not find each other, or a grid was asked for.
+        SystemExit: of a rank other than 0, with the job's exit code.
+    """
+    if role.starter == roles.PADDLE:  # srun and mpirun end their processes themselves
+        die_with_parent(os.getppid())
+        roles.close_to_others(os.environ)
+    if role.rank:
+        sys.exit(_follow(role))
+    group.hub()  # from here on the others can find us
+    if cli.wants_grid(sys.argv[1:]):
+        raise UserError.of([f"a grid (-m) cannot run inside a job that {role.starter} started: start it without"])
+    command()
+
+
+def over(role: Role, code: int) -> None:
+    """Rank 0 tells the others the exit code, at whatever point the job ended."""
+    if role.starter and role.rank == 0:
+        with contextlib.suppress(UserError):  # said already: they could not be reached from the beginning
+            group.hub().close(code)
+
+
+def _follow(role: Role) -> int:
+    """Wait for rank 0's job, run this rank's worker on it; returns the exit code."""
+    member = group.Member(role)
+    where = member.wait_for_job()
+    if where is None:
+        if member.over is None:
+            print("rank 0 ended before there was a job; its own output says why", file=sys.stderr)
+        return FAILED if member.over is None else member.over
+    run_dir, file = where
+    job = Job.read(run_dir, file)
+    place = roles.place(role, os.environ, gpu=job.config.cluster.device is Device.gpu)
+    outcome = local.run_workers(
+        ["-m", "gpt.worker", str(run_dir), str(file)],
+        lambda: [place],
+        run_dir / "logs",
+        local.environment(job.config, role.local_size, live=False),
+        show=lambda line: None,  # rank 0 is what is shown
+        poll=member.poll,
+        retry=False,
+    )
+    log = run_dir / "logs" / f"worker.{role.rank}.log"
+    if outcome.code:
+        what = outcome.reason or f"rank {role.rank} failed"
+        print(f"{what}; its log: {log}{outcome.shown}", file=sys.stderr, flush=True)
+    return member.report(outcome, log.stat().st_mtime)

@@ -1,0 +1,366 @@
+"""Jobs whose ranks were started by a launcher: who we are, how the ranks find each other, and how the job ends.
+
+Real commands of ours in the middle; the workers are a few lines of Python without Paddle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_signals import wait_for
+
+from gpt.config import UserError
+from launchers import places, roles
+from launchers.roles import Role
+
+# --- who started us ---
+
+PADDLE_ENV = {
+    "PADDLE_TRAINER_ID": "3",
+    "PADDLE_CURRENT_ENDPOINT": "10.0.0.2:5001",
+    "PADDLE_TRAINER_ENDPOINTS": "10.0.0.1:5000,10.0.0.1:5001,10.0.0.2:5000,10.0.0.2:5001",
+    "PADDLE_TRAINERS_NUM": "4",
+    "PADDLE_LOCAL_RANK": "1",
+    "PADDLE_LOCAL_SIZE": "2",
+    "PADDLE_NNODES": "2",
+    "PADDLE_MASTER": "10.0.0.1:6000",
+    "FLAGS_selected_gpus": "5",
+}
+SLURM_ENV = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2,1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "0",
+}
+MPI_ENV = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+ROLES = {
+    "nothing": ({}, Role()),
+    "a batch script": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Role()),
+    "a step of one task": ({**SLURM_ENV, "SLURM_STEP_NUM_TASKS": "1"}, Role()),
+    "an interactive step": ({**SLURM_ENV, "SLURM_STEP_ID": "interactive"}, Role()),
+    "a rank alone in the environment": ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "2"}, Role()),
+    "one MPI process": ({**MPI_ENV, "OMPI_COMM_WORLD_SIZE": "1"}, Role()),
+    "paddle": (PADDLE_ENV, Role(roles.PADDLE, 3, 4, 1, 2)),
+    "srun": (SLURM_ENV, Role(roles.SLURM, 2, 3, 0, 1)),
+    "mpirun": (MPI_ENV, Role(roles.MPI, 1, 2, 1, 2)),
+    "mpirun in a Slurm batch script": (
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", **MPI_ENV},
+        Role(roles.MPI, 1, 2, 1, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ROLES)
+def test_the_role_is_read_from_the_environment(case: str) -> None:
+    env, expected = ROLES[case]
+    assert roles.detect(env) == expected
+
+
+def test_places_given_by_launchers() -> None:
+    of_paddle = roles.place(roles.detect(PADDLE_ENV), PADDLE_ENV, gpu=True).variables()
+    assert of_paddle == {**of_paddle, **PADDLE_ENV}
+    of_slurm = roles.place(roles.detect(SLURM_ENV), SLURM_ENV, hosts=lambda nodes: ["n1", "n2"])
+    assert [e.split(":")[0] for e in of_slurm.endpoints] == ["n1", "n1", "n2"]
+    assert of_slurm.master.startswith("n1:")
+    assert of_slurm.nodes == 2
+    first = {**SLURM_ENV, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+    same = roles.place(roles.detect(first), first, hosts=lambda nodes: ["n1", "n2"])
+    assert (same.endpoints, same.master) == (of_slurm.endpoints, of_slurm.master)
+    other = {**SLURM_ENV, "SLURM_JOB_ID": "78"}
+    assert roles.place(roles.detect(other), other, hosts=lambda nodes: ["n1", "n2"]).master != of_slurm.master
+    of_mpi = roles.place(roles.detect(MPI_ENV), MPI_ENV)
+    assert of_mpi.variables()["PADDLE_TRAINERS_NUM"] == "2"
+    assert len({*of_mpi.endpoints, of_mpi.master}) == 3
+    apart = {**MPI_ENV, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    with pytest.raises(UserError, match="-x PADDLE_MASTER=HOST_OF_RANK_0"):
+        roles.place(roles.detect(apart), apart)
+
+
+def test_a_world_that_is_not_the_product_of_the_degrees_is_refused() -> None:
+    role = Role(roles.MPI, 0, 2, 0, 2)
+    assert role.problems(2, "2 = dp 2") == []
+    (problem,) = role.problems(4, "4 = dp 2 x mp 2")
+    assert "mpirun started 2 rank(s), but the degrees of parallel need 4 = dp 2 x mp 2: start 4" in problem
+    assert Role().problems(4, "4 = dp 4") == []
+
+
+# --- our command, started once per rank ---
+
+# The command as it is, but for two things: it is not refused for having several ranks, and "python -m gpt.worker"
+# is a script of the test's own.
+COMMAND = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.executable = {{worker!r}}
+from gpt import driver, main
+driver.unsupported = lambda config: []
+main.main()
+"""
+WORKER = f"""#!{sys.executable}
+import json, os, signal, sys, time
+from pathlib import Path
+run_dir, job_file = Path(sys.argv[3]), Path(sys.argv[4])
+rank, world = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ["PADDLE_TRAINERS_NUM"])
+(run_dir / f"rank{{rank}}.json").write_text(json.dumps(dict(os.environ)))
+def result():
+    if rank == 0:
+        (run_dir / "result.json").write_text('{{"status": "done", "step": 12, "val/loss": 1.0}}')
+        (run_dir / "metrics.jsonl").write_text("")
+"""
+SECRET = "a-key-that-must-not-be-written"
+
+
+class Ranks:
+    """A job of two processes, as a launcher would start them."""
+
+    def __init__(self, folder: Path, small: list[str]) -> None:
+        self.folder = folder
+        self.run_dir = folder / "run"
+        self.arguments = [*small, "parallel=dp2", "cluster.device=cpu", "hydra.run.dir=run"]
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def script(self, body: str) -> str:
+        """Write worker and command; the command's file."""
+        worker, command = self.folder / "worker", self.folder / "command.py"
+        worker.write_text(WORKER + body)
+        worker.chmod(0o755)
+        command.write_text(COMMAND.format(worker=str(worker)))
+        return str(command)
+
+    def start(self, body: str, envs: list[dict[str, str]], *more: str) -> None:
+        """A process per environment; rank 0 last, so that others have to wait for it."""
+        command = [sys.executable, self.script(body), *self.arguments, *more]
+        for env in reversed(envs):
+            self.processes.insert(
+                0,
+                subprocess.Popen(
+                    command,
+                    cwd=self.folder,
+                    env={**os.environ, "WANDB_API_KEY": SECRET, **env},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                ),
+            )
+
+    def ends(self, seconds: float = 60) -> list[tuple[int, str]]:
+        """Exit codes and what was said, by rank."""
+        said = [process.communicate(timeout=seconds)[0] for process in self.processes]
+        return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, small: list[str]) -> Iterator[Ranks]:
+    group = Ranks(tmp_path, small)
+    yield group
+    for process in group.processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def as_paddle(count: int = 2) -> list[dict[str, str]]:
+    return [place.variables() for place in places.here(count, gpu=False)]
+
+
+def as_mpi(count: int = 2) -> list[dict[str, str]]:
+    namespace = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    return [
+        {
+            "OMPI_COMM_WORLD_RANK": str(rank),
+            "OMPI_COMM_WORLD_SIZE": str(count),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+            "OMPI_COMM_WORLD_LOCAL_SIZE": str(count),
+            "PMIX_NAMESPACE": namespace,
+        }
+        for rank in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", [as_paddle, as_mpi])
+def test_ranks_started_by_others_run_one_job(ranks: Ranks, starter: Callable[[], list[dict[str, str]]]) -> None:
+    ranks.start("print('rank', rank, flush=True)\nresult()\n", starter())
+    (lead, said), (other, quiet) = ranks.ends()
+    assert (lead, other) == (0, 0), said + quiet
+    assert "rank 0" in said
+    assert "2 = dp 2" in said
+    assert quiet == ""
+    envs = [json.loads((ranks.run_dir / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [env["PADDLE_TRAINER_ID"] for env in envs] == ["0", "1"]
+    for name in ("PADDLE_MASTER", "PADDLE_TRAINER_ENDPOINTS", "PADDLE_TRAINERS_NUM"):
+        assert envs[0][name] == envs[1][name]
+    assert all(env["OMP_NUM_THREADS"] for env in envs)
+    assert (ranks.run_dir / "logs" / "worker.1.log").read_text() == "rank 1\n"
+    assert len(list(ranks.folder.glob("**/job.json"))) == 1
+    for env in ranks.run_dir.glob("rank*.json"):
+        env.unlink()  # the test's own
+    for path in ranks.run_dir.rglob("*"):
+        assert path.is_dir() or SECRET not in path.read_text(errors="replace"), path
+
+    ranks.processes.clear()
+    ranks.start("sys.exit(9)\n", starter())  # nobody starts a worker for a run that is done
+    ends = ranks.ends()
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "this run is done" in ends[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["sys.exit(7)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_a_rank_elsewhere_that_fails_ends_the_job_and_is_shown_by_rank_0(ranks: Ranks, how: str) -> None:
+    ranks.start(f"if rank:\n    print('the cause', flush=True)\n    {how}\ntime.sleep(600)\n", as_paddle())
+    (lead, said), (other, _) = ranks.ends()
+    assert "the cause" in said
+    assert "Traceback" not in said
+    if "exit" in how:
+        assert (lead, other) == (7, 7)
+        assert "worker 1 ended with exit code 7" in said
+    else:
+        assert (lead, other) == (1, 1)
+        assert "worker 1 was ended by SIGKILL" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_vanishes_ends_the_others(ranks: Ranks, victim: int) -> None:
+    ranks.start("time.sleep(600)\n", as_paddle())
+    wait_for(lambda: len(list(ranks.run_dir.glob("rank*.json"))) == 2, 60)
+    ranks.processes[victim].kill()
+    ends = ranks.ends()
+    assert ends[victim][0] == -9
+    assert ends[1 - victim][0] > 0
+    if victim:
+        assert "the process that looked after rank 1 vanished" in ends[0][1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_ranks_lets_their_workers_save(ranks: Ranks) -> None:
+    body = (
+        "def save(number, frame):\n"
+        "    time.sleep(0.5 + rank)\n"
+        "    (run_dir / f'saved{rank}').write_text('')\n"
+        "    sys.exit(128 + number)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(run_dir / f'rank{rank}.ready').write_text('')\n"
+        "time.sleep(600)\n"
+    )
+    ranks.start(body, as_paddle())
+    wait_for(lambda: len(list(ranks.run_dir.glob("rank*.ready"))) == 2, 60)
+    for process in ranks.processes:
+        process.terminate()
+    assert [code for code, _ in ranks.ends()] == [143, 143]
+    assert len(list(ranks.run_dir.glob("saved*"))) == 2
+
+
+@pytest.mark.slow
+def test_a_hang_is_ended_by_rank_0_for_all(ranks: Ranks) -> None:
+    body = (
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from gpt import heartbeat\n"
+        "heartbeat.begin(run_dir / 'logs', rank)\n"
+        "heartbeat.beat(4, 'forward')\n"
+        "if rank == 0: heartbeat.beat(4, 'reduce')\n"
+        "time.sleep(600)\n"
+    )
+    ranks.start(body, as_paddle(), "cluster.hang_seconds=2")
+    (lead, said), (other, _) = ranks.ends()
+    assert (lead, other) == (3, 3), said
+    assert "Rank 1 did not arrive: rank 1 at step 4 (forward); rank 0 at step 4 (reduce)" in said
+
+
+REFUSED = {
+    "world": (["parallel=dp2_mp2"], 2, "started 2 rank(s), but the degrees of parallel need 4 = dp 2 x mp 2: start 4"),
+    "grid": (["-m", "seed=1,2"], 2, "a grid (-m) cannot run inside a job that paddle.distributed.launch started"),
+    "typo": (["model.hiden=3"], 2, "unknown key model.hiden (did you mean model.hidden?)"),
+    "plan": (["task=plan"], 0, "parameters"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_rank_0_refuses_or_needs_no_ranks_ends_all_with_one_message(ranks: Ranks, case: str) -> None:
+    more, code, words = REFUSED[case]
+    ranks.start("", as_paddle(), *more)
+    (lead, said), (other, quiet) = ranks.ends()
+    assert (lead, other) == (code, code), said + quiet
+    assert words in said
+    assert "Traceback" not in said + quiet
+    assert quiet == ""
+    assert not code or not ranks.run_dir.exists()
+
+
+@pytest.mark.slow
+def test_started_alone_the_command_starts_every_rank_and_shows_who_failed(ranks: Ranks) -> None:
+    ranks.start("print('here is rank', rank, flush=True)\nresult()\n", [{}])
+    ((code, said),) = ranks.ends()
+    assert code == 0, said
+    assert "here is rank 0" in said
+    assert "here is rank 1" not in said
+    ranks.processes.clear()
+    (ranks.run_dir / "result.json").unlink()
+    ranks.start("if rank == 0: time.sleep(600)\nprint('the cause', flush=True)\nsys.exit(7)\n", [{}])
+    ((code, said),) = ranks.ends()
+    assert code == 7
+    log = ranks.run_dir / "logs" / "worker.1.log"
+    assert said.endswith(f"worker 1 ended with exit code 7; its log: {log}\n  | the cause\n")
+    assert "Traceback" not in said
+
+
+# --- the real one ---
+
+
+def paddle_launch(ranks: Ranks, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "paddle.distributed.launch", *options, str(ranks.folder / "command.py")]
+    process = subprocess.Popen(
+        [*command, *ranks.arguments],
+        cwd=ranks.folder,
+        env={**os.environ, "WANDB_API_KEY": SECRET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    ranks.processes.append(process)
+    return process
+
+
+@pytest.mark.slow
+def test_started_by_paddle_launch(ranks: Ranks) -> None:
+    ranks.script("print('here is rank', rank, flush=True)\nresult()\n")
+    paddle_launch(ranks, "--nproc_per_node", "2", "--log_dir", "log")
+    ((code, said),) = ranks.ends()
+    assert code == 0, said
+    assert "here is rank 0" in said
+    assert {p.name for p in ranks.run_dir.glob("rank*.json")} == {"rank0.json", "rank1.json"}
+    exposed = [p.name for p in (ranks.folder / "log").iterdir() if SECRET in p.read_text() and p.stat().st_mode & 0o077]
+    assert exposed == []
+
+
+@pytest.mark.slow
+def test_started_by_paddle_launch_on_two_nodes(ranks: Ranks) -> None:
+    ranks.script("print('here is rank', rank, flush=True)\nresult()\n")
+    master = f"127.0.0.1:{places.free_ports(1)[0]}"
+    for node in ("0", "1"):
+        paddle_launch(ranks, "--nnodes", "2", "--nproc_per_node", "1", "--master", master, "--rank", node,
+                      "--log_dir", f"log{node}")  # fmt: skip
+    ends = ranks.ends()
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert {p.name for p in ranks.run_dir.glob("rank*.json")} == {"rank0.json", "rank1.json"}
+    second = json.loads((ranks.run_dir / "rank1.json").read_text())
+    assert (second["PADDLE_NNODES"], second["PADDLE_LOCAL_RANK"]) == ("2", "0")
