@@ -3,8 +3,8 @@
     python scripts/kill_test.py --kills 20
 
 Every start of the command is left alone for a random time, then the driver, the workers or both get SIGKILL (saves
-included: a checkpoint is written every other step). Afterwards the run is finished and compared with an undisturbed one:
-all losses and all weights must be the same, bit for bit.
+included: a checkpoint is written every other step). Afterwards the run is finished and compared with an undisturbed
+one: all losses and all weights must be the same, bit for bit.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for document in DOCUMENTS:
         for line in document.read_text(encoding="utf-8").splitlines():
-            for command in re.findall(r"python -m gpt\.main[^`#|&]*", line):
-                found.append((document.name, command.strip()))
+            commands = re.findall(r"python -m gpt\.main[^`#|&]*", line)
+            found.extend((document.name, command.strip()) for command in commands)
     return found
 
 
