@@ -4,18 +4,19 @@ Fleet's layers and schedules are written for accelerators. What they miss on a C
 
 - groups that do not mix up their addresses: every Gloo group announces itself in its store under its bare rank, so
   groups that share a store read one another's addresses; here each has a store of its own;
+- patience: Gloo gives up on a rank that is 30 seconds late, which one that writes a checkpoint may be; here ranks
+  first meet at a gate that waits (``gpt.sockets``);
 - the ``*_on_calc_stream`` verbs: a CPU has no stream, so the synchronous verbs are them;
 - sends that do not wait: 1F1B lets both neighbours send before either receives, and Gloo's send waits for the
-  receiver; a thread per link sends a copy, in order. Gloo numbers the messages of a group, not those of a pair, so
-  each direction of each neighbouring pair is a group of its own;
+  receiver; here each direction of each neighbouring pair of stages is a socket with a thread that sends copies;
 - the mpu operations without a CPU kernel.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import paddle
@@ -23,9 +24,12 @@ import paddle.distributed as dist
 from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.base import core
-from paddle.distributed import collective
+from paddle.distributed import collective, parallel
 from paddle.distributed.communication.reduce import _get_reduce_op
 from paddle.distributed.fleet.layers.mpu import mp_ops
+
+from gpt import sockets
+from gpt.kernels import view
 
 _stores: list[Any] = []  # they must outlive the groups
 
@@ -34,6 +38,7 @@ def prepare() -> None:
     """Before Fleet starts: how groups are made, and operations with a CPU kernel."""
     dist.ParallelEnv._device_id = 0  # the pipeline layer asks for it, and a CPU build does not set it
     collective._new_process_group_impl = _new_group
+    parallel._new_process_group_impl = _new_group
     mp_ops._c_identity = _identity
     mp_ops._mp_allreduce = _all_reduce
     mp_ops._c_softmax_with_cross_entropy = _cross_entropy
@@ -41,28 +46,26 @@ def prepare() -> None:
 
 def link(hcg: Any, *, ring: bool) -> None:
     """After Fleet has started: links between neighbouring stages; ``ring`` also from the last to the first."""
-    me = dist.get_rank()
-    for stages in hcg.topology().get_comm_list("pipe"):
-        count = len(stages)
-        pairs = [(i, i + 1) for i in range(count - 1)]
-        if ring and count > 2:
-            pairs.append((count - 1, 0))
-        for a, b in [*pairs, *((b, a) for a, b in pairs)]:
-            group = dist.new_group(sorted([stages[a], stages[b]]))  # every rank takes part in naming every group
-            pipe = hcg.get_pipe_parallel_group().process_group
-            if me == stages[a]:
-                pipe.outgoing[b] = _Sender(group, stages[b])
-            elif me == stages[b]:
-                pipe.incoming[a] = (group.process_group, group.get_group_rank(stages[a]))
+    group = hcg.get_pipe_parallel_group()
+    if group.nranks == 1:
+        return
+    me, count = group.rank, group.nranks
+    beside = {me - 1, me + 1} if not ring else {(me - 1) % count, (me + 1) % count}
+    store, name = collective._default_store, f"gpt/link/{group.ranks[0]}"
+    links = sockets.links(store, name, me, sorted(beside & set(range(count))))
+    group.process_group.outgoing, group.process_group.incoming = links
 
 
 def _new_group(
     backend: str, store: Any, rank: int, world_size: int, group_name: str, pg_options: Any, group_id: int = 0, **_: Any
 ) -> _Group:
-    """In place of Paddle's: a Gloo group with a store of its own."""
-    own = _store(store, f"gpt/group/{group_id}", rank)
+    """In place of Paddle's: a Gloo group with a store of its own, made when all its ranks are there."""
+    name = f"gpt/group/{group_id}"
+    gate = sockets.Gate(store, f"{name}/gate", rank, world_size)
+    own = _store(store, name, rank)
+    gate.enter()
     _stores.append(own)
-    return _Group(core.ProcessGroupGloo.create(own, rank, world_size, group_id))
+    return _Group(core.ProcessGroupGloo.create(own, rank, world_size, group_id), gate)
 
 
 def _store(meeting_point: Any, key: str, rank: int) -> Any:
@@ -73,16 +76,16 @@ def _store(meeting_point: Any, key: str, rank: int) -> Any:
     nobody (0 workers), so it is there before its address is given away.
     """
     if rank == 0:
-        host = os.environ["PADDLE_CURRENT_ENDPOINT"].rsplit(":", 1)[0]
+        host = sockets.own_host()
         with socket.socket() as holder:
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             holder.bind((host, 0))
             port = int(holder.getsockname()[1])
             store = core.TCPStore(host, port, True, 0)
-        meeting_point.set(key, f"{host}:{port}".encode())
+        sockets.publish(meeting_point, key, (host, port))
         return store
-    host, port_text = bytes(meeting_point.get(key)).decode().rsplit(":", 1)
-    return core.TCPStore(host, int(port_text), False, 0)
+    host, port = sockets.find(meeting_point, key)
+    return core.TCPStore(host, port, False, 0)
 
 
 class _Done:
@@ -98,33 +101,27 @@ class _Done:
         """Nothing is under way."""
 
 
-class _Sender:
-    """One direction of a neighbouring pair: sends copies on a thread, in order."""
-
-    def __init__(self, group: Any, to: int) -> None:
-        self._group, self._to = group.process_group, group.get_group_rank(to)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"send to {to}")
-        self._last: Future[None] | None = None
-
-    def send(self, tensor: Tensor) -> _Done:
-        if self._last and self._last.done():
-            self._last.result()  # what went wrong with it is said now
-        copy = tensor.detach().clone()
-        self._last = self._thread.submit(lambda: self._group.send(copy, self._to, True).wait())
-        return _Done()
+COLLECTIVES = frozenset(
+    ["all_gather", "all_gather_into_tensor", "all_reduce", "all_to_all", "barrier", "broadcast", "gather", "reduce"]
+)
 
 
 class _Group:
-    """A Gloo process group with the verbs that Fleet uses on accelerators."""
+    """A Gloo process group with the verbs that Fleet uses on accelerators, behind a gate."""
 
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self.outgoing: dict[int, _Sender] = {}  # by rank in this group; for pipelines only
-        self.incoming: dict[int, tuple[Any, int]] = {}
+    def __init__(self, raw: Any, gate: sockets.Gate) -> None:
+        self._raw, self._gate = raw, gate
+        self.outgoing: dict[int, sockets.Sender] = {}  # by rank in this group; for pipelines only
+        self.incoming: dict[int, sockets.Receiver] = {}
         self._postponed: list[tuple[Tensor, int]] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+        verb = getattr(self._raw, name)
+        return partial(self._together, verb) if name in COLLECTIVES else verb
+
+    def _together(self, verb: Callable[..., Any], *arguments: Any) -> Any:
+        self._gate.enter()
+        return verb(*arguments)
 
     def _start_coalescing(self) -> None:
         """What follows counts as one: all sends are under way before the first receive waits."""
@@ -136,27 +133,26 @@ class _Group:
             self.recv(tensor, source)
 
     def all_reduce_on_calc_stream(self, tensor: Tensor, op: Any) -> Any:
-        return self._raw.all_reduce(tensor, op, True).wait()
+        return self.all_reduce(tensor, op, True).wait()
 
     def broadcast_on_calc_stream(self, tensor: Tensor, source: int) -> Any:
-        return self._raw.broadcast(tensor, source, True).wait()
+        return self.broadcast(tensor, source, True).wait()
 
     def all_gather_on_calc_stream(self, tensors: list[Tensor], tensor: Tensor) -> Any:
-        return self._raw.all_gather(tensors, tensor, True).wait()
+        return self.all_gather(tensors, tensor, True).wait()
 
     def all_gather_into_tensor_on_calc_stream(self, out: Tensor, tensor: Tensor) -> Any:
-        return self._raw.all_gather_into_tensor(out, tensor, True).wait()
+        return self.all_gather_into_tensor(out, tensor, True).wait()
 
     def send(self, tensor: Tensor, to: int, sync: bool = True) -> Any:
-        sender = self.outgoing.get(to)
-        return sender.send(tensor) if sender else self._raw.send(tensor, to, sync)
+        self.outgoing[to].send(view(tensor.contiguous()))
+        return _Done()
 
     def recv(self, tensor: Tensor, source: int, sync: bool = True) -> Any:
         if self._postponed is not None:
             self._postponed.append((tensor, source))
-            return _Done()
-        group, rank = self.incoming.get(source, (self._raw, source))
-        group.recv(tensor, rank, True).wait()
+        else:
+            self.incoming[source].receive(view(tensor))
         return _Done()
 
     def send_on_calc_stream(self, tensor: Tensor, to: int) -> Any:

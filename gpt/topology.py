@@ -256,7 +256,6 @@ def _join(config: Config) -> Any:
     from paddle.distributed import fleet
 
     parallel, on_cpu = config.parallel, config.cluster.device is Device.cpu
-    fleet.utils.log_util.set_log_level("WARNING")
     strategy = fleet.DistributedStrategy()
     strategy.hybrid_configs = {
         "dp_degree": parallel.dp_degree,
@@ -277,7 +276,7 @@ def _join(config: Config) -> Any:
         gloo.prepare()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a table of flags
         warnings.filterwarnings("ignore", message="Current global rank .* is not in group")
-        fleet.init(is_collective=True, strategy=strategy)
+        fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
     hcg = fleet.get_hybrid_communicate_group()
     if on_cpu:
         gloo.link(hcg, ring=parallel.virtual_pp_degree > 1)

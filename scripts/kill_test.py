@@ -60,7 +60,9 @@ def main() -> None:
     rng = random.Random(arguments.seed)
 
     calm, harried = folder / "calm", folder / "harried"
-    subprocess.run(command(calm, arguments.steps, "trainer.save_every=0"), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command(calm, arguments.steps, "trainer.save_every=0"), check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
     kills = _harry(harried, arguments, rng)
     subprocess.run(command(harried, arguments.steps), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     print(f"{kills} kills; {_compare(calm, harried)}")

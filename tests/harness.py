@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
     return {**kept, **one_thread, **host.mkl_settings(), "PYTHONPATH": path}
 
 
-def run(target: str, world_size: int, *arguments: Any, timeout: float = 120) -> list[Any]:
+def run(target: str, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
     """Call ``module:function`` with JSON ``arguments`` on ``world_size`` ranks.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,23 @@ def go_on(config: dict[str, Any], data: dict[str, Any], folder: str, first: int,
         assert not model
         assert not slots
     return losses
+
+
+def late(config: dict[str, Any], seconds: float) -> float:
+    """A sum that the last rank comes late to."""
+    topology = Topology.connect(typed(config))
+    if topology.rank == 1:
+        time.sleep(seconds)
+    return topology.totals(1.0)[0]
+
+
+def quits(config: dict[str, Any]) -> str:
+    """What the others hear when the last rank ends instead of coming to a sum."""
+    topology = Topology.connect(typed(config))
+    if topology.rank == 1:
+        return ""
+    try:
+        topology.totals(1.0)
+    except ConnectionError as error:
+        return str(error)
+    return "nothing"

@@ -14,7 +14,7 @@ FLOORS = [
     {"gpt", "gpt.config", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.rules", "gpt.plan", "gpt.optim"},
     {"gpt.data", "gpt.data.tokens", "gpt.data.tokenizer", "gpt.data.order", "gpt.data.corpus", "gpt.data.samples"},
-    {"gpt.kernels"},
+    {"gpt.kernels", "gpt.sockets"},
     {"gpt.kernels_large"},
     {"gpt.ops", "gpt.gloo", "gpt.tensor_parallel"},
     {"gpt.topology"},

@@ -8,11 +8,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
-from conftest import metrics
+from conftest import SMALL, configured, metrics
 from test_run import Run, started, wait_for_step
 
 from gpt import checkpoint, runs
+from gpt.config import plain
 
 pytestmark = pytest.mark.slow
 
@@ -63,3 +65,13 @@ def test_a_signal_to_a_job_of_two_ranks_saves_and_the_other_topology_goes_on(
     assert step == len(metrics(run_dir))
     records = train(gpt, run_dir, *arguments[:-2], f"trainer.max_steps={step + 2}")
     assert [r["step"] for r in records] == list(range(1, step + 3))
+
+
+def test_a_rank_that_is_late_is_waited_for(text: Path) -> None:
+    config = plain(configured([*SMALL, "data=text", f"data.path={text}", "parallel=dp2"]))
+    assert harness.run("ranks:late", 2, config, 33.0) == [2.0, 2.0]  # Gloo alone gives up after 30 seconds
+
+
+def test_a_rank_that_has_ended_is_noticed_at_once(text: Path) -> None:
+    config = plain(configured([*SMALL, "data=text", f"data.path={text}", "parallel=dp2"]))
+    assert harness.run("ranks:quits", 2, config, timeout=100)[0] == "a rank that this one works with has ended"
