@@ -187,7 +187,6 @@ def _attempt(
             _end([*workers, *others])
     for line in tail.lines(final=True):
         show(line)
-    poll()
     return outcome
 
 
