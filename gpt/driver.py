@@ -180,14 +180,18 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
             hand_over=(lock.descriptor,) if lock else (),
             retry=not hub.role.starter,
         )
+        progress.records(records.lines())
     if outcome.code:
-        raise _failure(outcome, logs / f"worker.{outcome.rank}.log")
+        raise _failure(outcome, logs / f"worker.{outcome.rank}.log", watchdog)
 
 
-def _failure(outcome: Outcome, log: Path) -> JobFailed:
+def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
     """What the user is told; the lines of rank 0 are on the terminal already, those of another rank are not."""
     if outcome.reason:
         return JobFailed(outcome.reason, outcome.code)
+    if outcome.waited and not outcome.signal:  # Paddle's Gloo gives up after 30 s, long before the watchdog
+        message = f"STOPPED: worker {outcome.rank} waited for the others in vain. {watchdog.missing()}"
+        return JobFailed(f"{message}; the logs: {log.parent}/worker.R.log", GUARD)
     if outcome.code == BAD_INPUT and outcome.rank == 0:
         return JobFailed("", BAD_INPUT)
     if outcome.signal and outcome.code < 0:

@@ -23,6 +23,7 @@ _LOST = re.compile(
     r"|remote process (has )?(exited|terminated)|ncclRemoteError|ncclSystemError",
     re.IGNORECASE,
 )
+_WAITED = re.compile(r"gloo/transport/\S+ TIMEOUT|TIMEOUT self_rank")
 # Paddle 3.3's store does not say so: it fails an assertion of libuv when it cannot bind.
 _PORT_TAKEN = re.compile(
     r"address (is )?already in use|EADDRINUSE|address in use|uv__finish_close: Assert", re.IGNORECASE
@@ -47,6 +48,11 @@ class Outcome:
     def shown(self) -> str:
         """The last lines as they are put below a message."""
         return "".join(f"\n  | {line}" for line in self.last_lines[-SHOWN_LINES:])
+
+    @property
+    def waited(self) -> bool:
+        """Whether the rank failed because it had waited for the others in vain, none of which had failed."""
+        return self.code != 0 and any(_WAITED.search(line) for line in self.last_lines)
 
     @property
     def port_taken(self) -> bool:

@@ -188,7 +188,6 @@ def _attempt(
             _end([*workers, *others])
     for line in tail.lines(final=True):
         show(line)
-    poll()
     return outcome
 
 

@@ -31,25 +31,30 @@ class Watchdog:
         self._seconds = seconds
         self._records = records
         self._clock = clock
+        self._beats: list[Beat | None] = [None] * ranks
         self._seen: object = None
         self._since = self._looked = clock()
 
     def stuck(self) -> str | None:
         """What to tell the user if the job is stuck, else None. Cheap enough to be called all the time."""
         now = self._clock()
-        if self._seconds <= 0 or now - self._looked < min(LOOK_EVERY_SECONDS, self._seconds / 4):
+        if now - self._looked < min(LOOK_EVERY_SECONDS, self._seconds / 4 or LOOK_EVERY_SECONDS):
             return None
         self._looked = now
-        beats = [heartbeat.read(self._log_dir, rank) for rank in range(self._ranks)]
-        seen = (beats, self._records.stat().st_size if self._records.exists() else 0)
+        self._beats = [heartbeat.read(self._log_dir, rank) for rank in range(self._ranks)]
+        seen = (self._beats, self._records.stat().st_size if self._records.exists() else 0)
         if seen != self._seen:
             self._seen, self._since = seen, now
-        if now - self._since < self._seconds:
+        if self._seconds <= 0 or now - self._since < self._seconds:
             return None
         return (
-            f"STOPPED: no rank made progress for {self._seconds:,.0f} s (cluster.hang_seconds). {missing(beats)}. "
+            f"STOPPED: no rank made progress for {self._seconds:,.0f} s (cluster.hang_seconds). {self.missing()}. "
             f"Where each rank was in the code is at the end of its log: {self._log_dir}/worker.R.log"
         )
+
+    def missing(self) -> str:
+        """Which ranks were behind the others when it last looked."""
+        return missing(self._beats)
 
 
 def missing(beats: list[Beat | None]) -> str:

@@ -73,10 +73,10 @@ def ended(folder: Path, worker: str, number: signal.Signals) -> tuple[int, list[
     files = [folder / f"standin.py.{rank}" for rank in range(3)]
     wait_for(lambda: all(f.exists() and f.read_text() for f in files))
     driver.send_signal(number)
-    return driver.wait(10), [int(f.read_text()) for f in files]
+    return driver.wait(30), [int(f.read_text()) for f in files]
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline

@@ -270,16 +270,18 @@ def test_a_signal_to_all_ranks_lets_their_workers_save(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-def test_a_hang_is_ended_by_rank_0_for_all(ranks: Ranks) -> None:
+@pytest.mark.parametrize("noticed_by", ["the watchdog", "Gloo"])
+def test_a_hang_is_ended_by_rank_0_for_all(ranks: Ranks, noticed_by: str) -> None:
     body = (
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from gpt import heartbeat\n"
         "heartbeat.begin(run_dir / 'logs', rank)\n"
         "heartbeat.beat(4, 'forward')\n"
         "if rank == 0: heartbeat.beat(4, 'reduce')\n"
-        "time.sleep(600)\n"
+        f"time.sleep(1 if rank == 0 and {noticed_by!r} == 'Gloo' else 600)\n"
+        "sys.exit('RuntimeError: gloo/transport/tcp/unbound_buffer.cc:80] TIMEOUT self_rank = none pair_rank = -1')\n"
     )
-    ranks.start(body, as_paddle(), "cluster.hang_seconds=2")
+    ranks.start(body, as_paddle(), f"cluster.hang_seconds={2 if noticed_by == 'the watchdog' else 600}")
     (lead, said), (other, _) = ranks.ends()
     assert (lead, other) == (3, 3), said
     assert "Rank 1 did not arrive: rank 1 at step 4 (forward); rank 0 at step 4 (reduce)" in said
