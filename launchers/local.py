@@ -45,7 +45,7 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
         "MKL_DYNAMIC": "FALSE",
         **host.mkl_settings(),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
-        "GLOG_minloglevel": os.environ.get("GLOG_minloglevel", "2"),  # no news of Paddle's sockets
+        "GLOG_minloglevel": "2",  # no news of the sockets of Paddle
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
         "GPT_DRIVER_PID": str(os.getpid()),
