@@ -164,6 +164,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
         return self.topology.head_loss(x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
 
     def _head(self, x: Tensor) -> Tensor:
+        assert self.topology.parallel.mp_degree == 1, "logits want the whole table: build the model for one rank"
         return ops.logits(x, self.word.weight, self.config.model.vocab)
 
     def _embed(self, tokens_BT: Tensor, start: int) -> Tensor:

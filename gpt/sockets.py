@@ -102,6 +102,11 @@ class Gate:
         for other in self._others:
             other.sendall(token)
 
+    def close(self) -> None:
+        """Leave for good; the others hear of it when they next enter."""
+        for connection in (*self._others, *filter(None, [self._first])):
+            connection.close()
+
 
 class Sender:
     """The sending end of a link: copies go out on a thread, in order, so ``send`` does not wait for the other side."""
@@ -121,6 +126,11 @@ class Sender:
             self._last.result()
         self._last = self._thread.submit(self._connection.sendall, array.tobytes())
 
+    def close(self) -> None:
+        """Send what is under way, and end."""
+        self._thread.shutdown()
+        self._connection.close()
+
 
 class Receiver:
     """The receiving end of a link."""
@@ -135,6 +145,10 @@ class Receiver:
             ConnectionError: the other side has ended.
         """
         _fill(self._connection, into.reshape(-1).view("uint8").data)
+
+    def close(self) -> None:
+        """End the link."""
+        self._connection.close()
 
 
 def links(store: Any, name: str, me: int, peers: list[int]) -> tuple[dict[int, Sender], dict[int, Receiver]]:

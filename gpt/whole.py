@@ -13,7 +13,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
-from gpt.config import Config
+from gpt.config import Config, one_rank, padded_vocab
 from gpt.data.tokens import Array
 from gpt.topology import WORD, Topology, split_axis
 
@@ -24,7 +24,7 @@ def shapes(config: Config) -> dict[str, list[int]]:
     """Of all parameters of the model, as a checkpoint holds them."""
     m = config.model
     H, F = m.hidden, m.ffn
-    norm, table = {"weight": [H], "bias": [H]}, [-(-m.vocab // 128) * 128, H]
+    norm, table = {"weight": [H], "bias": [H]}, [padded_vocab(one_rank(config)), H]
     block = {
         **{f"norm1.{k}": v for k, v in norm.items()},
         "attention.qkv.weight": [H, 3 * H],

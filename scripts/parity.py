@@ -19,21 +19,21 @@ JOB = [
     "model=tiny", "model.hidden=64", "model.layers=8", "model.positions=64", "trainer.global_batch_size=16",
     "trainer.micro_batch_size=2", "trainer.max_steps=20", "trainer.eval_every=20", "trainer.eval_batches=2",
     "trainer.save_every=0", "optimizer.clip_norm=0.3", "schedule.warmup_steps=4", "schedule.decay_steps=20",
-    "cluster.device=cpu", "generate.max_new_tokens=1",
+    "optimizer.lr=1e-3", "cluster.device=cpu", "cluster.threads=1", "generate.max_new_tokens=1",
 ]  # fmt: skip
 PRESETS = {
     "single": ["parallel=single"],
     "dp2": ["parallel=dp2"],
     "mp2": ["parallel=mp2"],
     "pp2": ["parallel=pp2"],
-    "pp4": ["parallel=pp4"],
-    "pp4, 2 virtual stages": ["parallel=pp4", "parallel.virtual_pp_degree=2"],
     "sharding2": ["parallel=sharding2"],
-    "dp2_mp2": ["parallel=dp2_mp2"],
+    "pp4, 2 virtual stages": ["parallel=pp4", "parallel.virtual_pp_degree=2"],
     "mp2_pp2": ["parallel=mp2_pp2"],
-    "dp8": ["parallel=dp8"],
+    "dp2_mp2": ["parallel=dp2_mp2"],
     "dp2_mp2_pp2": ["parallel=dp2_mp2_pp2"],
     "sharding2_mp2_pp2": ["parallel=sharding2_mp2_pp2"],
+    "pp4": ["parallel=pp4"],
+    "dp8": ["parallel=dp8"],
 }
 Record = dict[str, float]
 
@@ -69,7 +69,7 @@ def main() -> None:
             rows.append(f"| {name} | {last} | " + " | ".join(f"{f:.1e}" for f in figures) + " |")
             print(rows[-1], flush=True)
             worst = max(worst, figures[0], figures[2])
-    arguments.output.write_text("\n".join([*HEAD, *rows, ""]), encoding="utf-8")
+            arguments.output.write_text("\n".join([*HEAD, *rows, ""]), encoding="utf-8")
     sys.exit(worst > 1e-5)
 
 
