@@ -53,7 +53,7 @@ def main() -> None:
     """Run, kill, resume, compare; exit code 1 if the ends differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-test-"))
@@ -76,7 +76,7 @@ def _harry(run_dir: Path, arguments: argparse.Namespace, rng: random.Random) -> 
         )
         while not workers_of(run_dir) and process.poll() is None:
             time.sleep(0.02)
-        moment, victims = rng.uniform(0.0, 6.0), rng.choice(["driver", "workers", "both"])
+        moment, victims = rng.uniform(0.0, 4.0), rng.choice(["driver", "workers", "both"])
         time.sleep(moment)
         if process.poll() is not None:
             print(f"the run was over before kill {kill}; give it more --steps")
