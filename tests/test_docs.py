@@ -18,6 +18,8 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for document in DOCUMENTS:
         for line in document.read_text(encoding="utf-8").splitlines():
+            if line.startswith("$ "):
+                continue  # shown for what it is told
             shown = re.findall(r"python -m gpt\.main[^`#|&]*", line)
             found += [(document.name, command.strip()) for command in shown]
     return found
@@ -29,11 +31,11 @@ def test_the_documents_show_commands() -> None:
 
 @pytest.mark.parametrize(("document", "command"), commands())
 def test_a_documented_command_composes(document: str, command: str) -> None:
-    words = shlex.split(command)[3:]
+    words = shlex.split(command.replace("...", "x"))[3:]
     overrides = [w for w in words if not w.startswith("-")]
     if "-m" in words:
         overrides = [o.split(",")[0] for o in overrides]
-    config, choices = composed([o for o in overrides if "..." not in o and not o.startswith("hydra.")])
+    config, choices = composed([o for o in overrides if not o.startswith("hydra.")])
     assert check(config, choices)[1] == [], command
 
 
