@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import Device
+from gpt.worker import leave
 from launchers import host, local
 
 TESTS = Path(__file__).resolve().parent
@@ -84,6 +85,7 @@ def main() -> None:
     module, function = target.split(":")
     value = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     Path(result).write_text(json.dumps(value))
+    leave(0)
 
 
 if __name__ == "__main__":
