@@ -17,6 +17,13 @@ def _on_cpu(x: Tensor) -> bool:
     return bool(x.place.is_cpu_place())
 
 
+def sum_of_squares(tensors: list[Tensor]) -> float:
+    """Over all elements of all tensors, as one number for the host."""
+    if all(_on_cpu(tensor) and tensor.dtype == paddle.float32 for tensor in tensors):
+        return sum(kernels.sum_of_squares(tensor) for tensor in tensors)
+    return float(paddle.stack([tensor.astype("float32").square().sum() for tensor in tensors]).sum().item())
+
+
 def causal_attention(qkv_BTNE: Tensor, dropout: float) -> Tensor:
     """softmax(q k' / sqrt(D)) v over the positions up to one's own, with dropout on the probabilities: BTND."""
     if _on_cpu(qkv_BTNE):

@@ -61,14 +61,10 @@ def build(parameters: dict[str, paddle.Tensor], settings: Optimizer, *, master_w
 
 def global_norm(parameters: list[paddle.Tensor]) -> float:
     """Root of the sum of squares of all gradients, in float32; one number for the host."""
-    import paddle
+    from gpt import ops
 
-    squares = []
-    for p in parameters:
-        if p.grad is not None:
-            flat = p.grad.flatten().astype("float32")
-            squares.append(paddle.dot(flat, flat))
-    return math.sqrt(paddle.stack(squares).sum().item())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return math.sqrt(ops.sum_of_squares(gradients))
 
 
 def clip(parameters: list[paddle.Tensor], norm: float, limit: float) -> None:

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpt.worker import leave
 from launchers import host, places
 
 TESTS = Path(__file__).resolve().parent
@@ -83,6 +84,7 @@ def main() -> None:
     module, function = target.split(":")
     value = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     Path(result).write_text(json.dumps(value))
+    leave(0)
 
 
 if __name__ == "__main__":
