@@ -76,12 +76,12 @@ def _said(error: BaseException) -> int:
         code = BAD_INPUT
     elif isinstance(error, JobFailed):
         code = error.code if error.code > 0 else FAILED
+    elif isinstance(error, cli.CONFIG_ERRORS):  # before OSError: some of Hydra's are of that kind too
+        message, code = cli.explain(error, sys.argv[1:]), BAD_INPUT
     elif isinstance(error, OSError):  # a full or lost disk
         message = f"FAILED: {error}"
-    elif isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted", STOPPED[0]
     else:
-        message, code = cli.explain(error, sys.argv[1:]), BAD_INPUT
+        message, code = "interrupted", STOPPED[0]
     if message and not getattr(error, "said", False):
         print(message, file=sys.stderr, flush=True)
         error.said = True  # type: ignore[attr-defined]  # a grid raises it again at its end

@@ -10,6 +10,7 @@ undisturbed one: all losses and all weights must be the same, bit for bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -53,7 +54,7 @@ def main() -> None:
     """Run, kill, resume, compare; exit code 1 if the ends differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-test-"))
@@ -70,21 +71,26 @@ def main() -> None:
 
 def _harry(run_dir: Path, arguments: argparse.Namespace, rng: random.Random) -> int:
     """Start and kill until it has been killed often enough; returns how often."""
+    former: set[int] = set()
     for kill in range(1, arguments.kills + 1):
         process = subprocess.Popen(
             command(run_dir, arguments.steps), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while not workers_of(run_dir) and process.poll() is None:
+        while set(workers_of(run_dir)) <= former and process.poll() is None:
             time.sleep(0.02)
-        moment, victims = rng.uniform(0.0, 4.0), rng.choice(["driver", "workers", "both"])
+        moment, victims = rng.uniform(0.0, 5.0), rng.choice(["driver", "workers", "both"])
         time.sleep(moment)
         if process.poll() is not None:
             print(f"the run was over before kill {kill}; give it more --steps")
             return kill - 1
         if victims != "workers":
             process.kill()
-        for worker in workers_of(run_dir) if victims != "driver" else []:
-            os.kill(worker, SIGKILL)
+        former = set(workers_of(run_dir))
+        while victims != "driver" and (process.poll() is None or workers_of(run_dir)):
+            for worker in workers_of(run_dir):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, SIGKILL)
+            time.sleep(0.02)
         process.wait()
         print(f"kill {kill:>2}: {victims:<7} {moment:4.1f} s after the worker began; {_state(run_dir)}", flush=True)
     return int(arguments.kills)

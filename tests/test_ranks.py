@@ -39,7 +39,7 @@ def test_one_command_trains_measures_and_samples_on_two_ranks(gpt: Run, small: l
     assert expected is not None
     assert result["parameters"] == expected["parameters"]
     assert len((tmp_path / "two" / "samples.jsonl").read_text().splitlines()) == 1
-    assert sorted(path.name for path in (tmp_path / "two" / "logs").iterdir()) == ["worker.0.log", "worker.1.log"]
+    assert sorted(p.name for p in (tmp_path / "two" / "logs").glob("*.log")) == ["worker.0.log", "worker.1.log"]
 
     # The other tasks read what several ranks wrote: generation on one rank, evaluation on as many as before.
     for task in ("generate", "evaluate"):

@@ -212,7 +212,7 @@ def test_a_run_of_another_model_or_text_is_not_overwritten(
     ran = gpt(*small, f"hydra.run.dir={whole}", "model.layers=3")
     assert ran.code == 2
     assert "model.layers is 2 there and 3 here" in ran.err
-    (tmp_path / "other.txt").write_text("other words " * 3000)
+    (tmp_path / "other.txt").write_text("other words\n" * 30_000)
     ran = gpt(*small, f"hydra.run.dir={whole}", f"data.path={tmp_path}/other.txt")
     assert ran.code == 2
     assert "its tokenizer is another one" in ran.err
