@@ -197,12 +197,3 @@ class Saver:
     def _retire(self) -> None:
         for step in checkpoint_steps(self.run_dir)[: -self.keep]:
             remove_directory(folder_of(self.run_dir, step))
-
-
-def free_bytes_hint(run_dir: Path, needed: int) -> str | None:
-    """A warning if the disk has less room than two checkpoints need (the old one goes after the new one is there)."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(run_dir).free
-    if free >= 2 * needed:
-        return None
-    return f"{run_dir} has {free / 2**30:.1f} GiB free and a checkpoint takes {needed / 2**30:.1f} GiB"
