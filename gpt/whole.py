@@ -56,10 +56,10 @@ def gather(topology: Topology, config: Config, values: dict[str, Tensor], parame
         parameters: by logical name.
     """
     local: Arrays = {}
+    rows = padded_vocab(one_rank(config))
     for key, value in values.items():
         p = parameters[parameter_of(key, parameters)]
         whole = _joined(topology, value, split_axis(p) if list(value.shape) == list(p.shape) else None)
-        rows = shapes(config)[WORD][0]
         local[key] = whole[:rows] if parameter_of(key, parameters) == WORD and whole.ndim == 2 else whole
     if topology.hcg is None:
         return local
