@@ -3,7 +3,7 @@
     checkpoints/step_00000020/
         model.safetensors        parameters by logical name, always float32 (the master weights where there are any)
         optimizer.safetensors    <parameter>.<slot>
-        state.json               step, tokens, scaler, configuration, data, versions
+        state.json               step, tokens, loss scale, configuration, data, versions
         tokenizer.json           if the data has one
         manifest.json            size and SHA-256 of each file above
 

@@ -19,7 +19,6 @@ from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
 from gpt.optim import lr_at
 from gpt.runs import Job
-from gpt.topology import unsupported
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
 from launchers.watchdog import Watchdog
@@ -44,7 +43,7 @@ def gate(config: Config, run_dir: Path) -> None:
     if config.task is Task.plan:
         return
     role, ranks = group.hub().role, world_size(config)
-    problems = role.problems(ranks, dict(plan.summary(config))["ranks"]) + unsupported(config)
+    problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.local_size if role.starter else ranks)
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
@@ -82,7 +81,6 @@ def show_plan(config: Config, console: Console) -> None:
     rates = ", ".join(f"{lr_at(step, peak, schedule):.3g} at {step:,}" for step in marks if step <= last)
     rows.append(("learning rate", rates))
     rows.append(("", console.curve([lr_at(1 + i * (last - 1) // 59, peak, schedule) for i in range(60)])))
-    rows += [("cannot run", problem) for problem in unsupported(config)]
     console.table(f"plan: {config.model.name}", rows)
 
 

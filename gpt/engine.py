@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import paddle
 
 from gpt import exchange, heartbeat, optim, whole
 from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro_batch_size
 from gpt.data.samples import Batch, Samples
 from gpt.guard import require_finite
-from gpt.model import GPT
+from gpt.model import GPT, initialise
+from gpt.sharding import Shards
 from gpt.topology import Topology
 from gpt.whole import Arrays
 
 PADDLE_DTYPE = {DType.fp32: "float32", DType.bf16: "bfloat16", DType.fp16: "float16"}
-FIRST_LOSS_SCALE = 32768.0
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step. ``grad_norm`` is from before clipping."""
+    """Of one optimizer step. ``grad_norm`` is from before clipping; None: it overflowed, the update was left out."""
 
     loss: float
-    grad_norm: float
+    grad_norm: float | None
     lr: float
     loss_scale: float | None
 
@@ -42,35 +42,43 @@ class Engine:
     def __init__(self, config: Config, topology: Topology, *, train: bool = True) -> None:
         self.config = config
         self.topology = topology
+        self.training = train
         self.pipelined = topology.parallel.pp_degree > 1
+        self.low_precision = config.precision.dtype is not DType.fp32
+        sizes = {name: math.prod(shape) for name, shape in whole.shapes(config).items()}
+        self.shards = Shards(topology, exchange.owners(sizes, topology.parallel.sharding_degree))
         self.model: Any = self._build()
         self.parameters: dict[str, paddle.Tensor] = self.model.logical_parameters()
-        self.owner = exchange.owners(self.parameters, topology.parallel.sharding_degree)
-        self.owned = {n: p for n, p in self.parameters.items() if self.owner[n] == topology.sharding_rank}
-        self.low_precision = config.precision.dtype is not DType.fp32
+        self.owned = {name: p for name, p in self.parameters.items() if self.shards.is_mine(name)}
+        self.resident = self.owned if self.shards.parameters_too else self.parameters  # between steps
         self.optimizer: Any = None
-        self.scaler: Any = None
+        self.loss_scale: optim.LossScale | None = None
         if train:
-            self.model.initialise()
             self.optimizer = optim.build(self.owned, config.optimizer, master_weights=self.low_precision)
-        if self.low_precision:
-            self._lower_precision()
+            self.loss_scale = optim.LossScale() if config.precision.dtype is DType.fp16 else None
 
     def _build(self) -> Any:
         if not self.pipelined:
-            return GPT(self.config, self.topology)
+            return GPT(self.config, self.topology, self._settle)
         from gpt.pipeline import Pipeline
 
-        return Pipeline(self.config, self.topology)
+        model = Pipeline(self.config, self.topology)
+        self._prepare(model.logical_parameters(), model)
+        return model
 
-    def _lower_precision(self) -> None:
-        dtype = PADDLE_DTYPE[self.config.precision.dtype]
-        if self.optimizer is None:
-            self.model.to(dtype=dtype)
-            return
-        paddle.amp.decorate(self.model, self.optimizer, level="O2", dtype=dtype, master_weight=True)
-        if self.config.precision.dtype is DType.fp16:
-            self.scaler = paddle.amp.GradScaler(init_loss_scaling=FIRST_LOSS_SCALE)
+    def _settle(self, prefix: str, part: paddle.nn.Layer) -> None:
+        """A part of the model has been made: its first values, its element type, and what need not stay here."""
+        parameters = {f"{prefix}.{name}": p for name, p in part.named_parameters()}
+        self._prepare(parameters, part)
+        self.shards.settle(parameters, part, block=prefix.startswith("layers."))
+
+    def _prepare(self, parameters: dict[str, paddle.Tensor], part: paddle.nn.Layer) -> None:
+        if self.training:
+            initialise(self.config, self.topology, parameters)
+        if self.low_precision and self.training:
+            paddle.amp.decorate(part, level="O2", dtype=PADDLE_DTYPE[self.config.precision.dtype])
+        elif self.low_precision:
+            part.to(dtype=PADDLE_DTYPE[self.config.precision.dtype])
 
     def _autocast(self) -> Any:
         dtype = PADDLE_DTYPE[self.config.precision.dtype] if self.low_precision else "float16"
@@ -91,20 +99,24 @@ class Engine:
 
         self.model.train()
         heartbeat.beat(number, "forward and backward")
-        own_loss = self._accumulate(number, batch, max(count, 1.0))
-        parameters = list(self.parameters.values())
+        with self.shards.outside_blocks():
+            own_loss = self._accumulate(number, batch, max(count, 1.0))
+        self.shards.finish(self.parameters)
         heartbeat.beat(number, "reduce and update")
-        exchange.sum_gradients(self.topology, parameters)
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        loss, norm = exchange.loss_and_norm(self.topology, self._said(own_loss), self.parameters)
-        require_finite(number, loss, None if self.scaler else norm)
-        optim.clip(parameters, norm, config.optimizer.clip_norm)
-        self.optimizer.set_lr(lr)
-        self._update()
-        for p in parameters:
+        exchange.sum_gradients(self.topology, self.parameters)
+        loss, norm = exchange.loss_and_norm(self.topology, self._said(own_loss), self.owned)
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        result = StepResult(loss, norm / scale if math.isfinite(norm) else None, lr, scale if self.loss_scale else None)
+        require_finite(number, loss, None if self.loss_scale else norm)
+        if result.grad_norm is not None:
+            optim.clip(list(self.owned.values()), result.grad_norm, config.optimizer.clip_norm, scale)
+            self.optimizer.set_lr(lr)
+            self._update()
+        if self.loss_scale:
+            self.loss_scale.after_step(result.grad_norm is not None)
+        for p in self.parameters.values():
             p.clear_gradient(False)
-        return StepResult(loss, norm, lr, self.scaler.get_init_loss_scaling() if self.scaler else None)
+        return result
 
     def _said(self, value: float) -> float:
         """What this rank gives to a sum over replicas."""
@@ -119,23 +131,19 @@ class Engine:
         if self.pipelined:
             with self._autocast():
                 micros = [_staged(batch, rows, count) for rows in cuts]
-                return float(self.model.forward_backward(micros, (*masks, first), self.scaler))
+                return float(self.model.forward_backward(micros, (*masks, first), self.loss_scale))
         for i, rows in enumerate(cuts):
             self.topology.seed(*masks, first + i)
             with self._autocast():
                 part = self.model.loss(*_tensors(batch, rows), count)
-            (self.scaler.scale(part) if self.scaler else part).backward()
+            (self.loss_scale.scale(part) if self.loss_scale else part).backward()
             loss += part.item()
         return loss
 
     def _update(self) -> None:
-        if self.scaler:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-        if self.topology.parallel.sharding_degree > 1:
-            exchange.share_updates(self.topology, self.parameters, self.owner)
+        self.optimizer.step()
+        if self.topology.parallel.sharding_degree > 1 and not self.shards.parameters_too:
+            exchange.share_updates(self.topology, self.parameters, self.shards.owner)
 
     def evaluate(self, samples: Samples, batches: int) -> float:
         """Mean loss per counted token over the first ``batches`` global batches (at most one pass).
@@ -143,6 +151,13 @@ class Engine:
         Sums over all tokens, so a smaller last micro batch counts for what it is.
         """
         self.model.eval()
+        with self.shards.outside_blocks():
+            total, counted = self._sum_losses(samples, batches)
+        total, counted = self.topology.totals(self._said(total), self._said(counted))
+        return total / max(counted, 1.0)
+
+    def _sum_losses(self, samples: Samples, batches: int) -> tuple[float, float]:
+        """Over this replica's share; and the counted tokens."""
         total, counted = 0.0, 0.0
         micro = micro_batch_size(self.config)
         last = min(batches * global_batch_size(self.config), len(samples))
@@ -152,8 +167,7 @@ class Engine:
             some = [samples.batch(first, min(micro, last - first)) for first in firsts[i : i + together]]
             total += self._staged_losses(some) if self.pipelined else self._losses(some[0])
             counted += sum(float(batch.mask_BT.sum()) for batch in some)
-        total, counted = self.topology.totals(self._said(total), self._said(counted))
-        return total / max(counted, 1.0)
+        return total, counted
 
     def _losses(self, batch: Batch) -> float:
         """Sum over the counted tokens."""
@@ -189,7 +203,7 @@ class Engine:
         here = self._answers_for()
         slots = optim.state_of(self.optimizer, self.owned)
         slots = {key: value for key, value in slots.items() if key.rsplit(".", 1)[0] in here}
-        rest = {"scaler": _plain(self.scaler.state_dict() if self.scaler else None)}
+        rest = {"loss_scale": asdict(self.loss_scale) if self.loss_scale else None}
         return self.weights(), whole.gather(self.topology, self.config, slots, here), rest
 
     def load(self, model: Arrays, slots: Arrays | None, rest: dict[str, Any]) -> None:
@@ -205,14 +219,14 @@ class Engine:
         for name, shape in shapes.items():
             if list(model[name].shape) != shape:
                 raise ValueError(f"{name} has shape {list(model[name].shape)} there and {shape} here")
-        own = {name: whole.part(self.topology, name, model[name], p) for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
+        own = {name: whole.part(self.topology, name, model[name], p) for name, p in self.resident.items()}
+        for name, p in self.resident.items():
             p.set_value(paddle.to_tensor(own[name]).astype(p.dtype))
         if slots is not None:
             owned = whole.parts(self.topology, slots, self.owned)
             optim.restore(self.optimizer, self.owned, owned, own if self.low_precision else {})
-        if self.scaler and rest.get("scaler"):
-            self.scaler.load_state_dict(rest["scaler"])
+        if self.loss_scale and rest.get("loss_scale"):
+            self.loss_scale = optim.LossScale(**rest["loss_scale"])
 
 
 def _staged(batch: Batch, rows: slice, count: float) -> Any:
@@ -225,10 +239,3 @@ def _tensors(batch: Batch, rows: slice) -> tuple[paddle.Tensor, paddle.Tensor, p
     arrays = (batch.inputs_BT, batch.labels_BT, batch.mask_BT)
     inputs, labels, mask = (paddle.to_tensor(array[rows]) for array in arrays)
     return inputs, labels, mask
-
-
-def _plain(state: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A scaler's state as JSON holds it."""
-    if state is None:
-        return None
-    return {k: v.item() if isinstance(v, paddle.Tensor | np.generic) else v for k, v in state.items()}

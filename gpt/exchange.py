@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import paddle
 import paddle.distributed as dist
@@ -15,13 +16,23 @@ from gpt.topology import Topology, split_axis
 BUCKET_ELEMENTS = 1 << 25  # that travel at once: 128 MiB in float32
 
 
-def sum_gradients(topology: Topology, parameters: list[Tensor]) -> None:
-    """Add up the gradients over the model replicas, in place, once per step."""
-    groups = topology.replica_groups
-    if not groups:
-        return
+def sum_gradients(topology: Topology, parameters: dict[str, Tensor]) -> None:
+    """Add up the gradients over the model replicas, in place, once per step.
+
+    Sharding stages 2 and 3 have done so over the sharding group already. Under sequence parallel, what every mp rank
+    has of a block is added up over them too.
+    """
+    groups = topology.gradient_groups
+    seen_in_part = [p.grad for name, p in parameters.items() if p.grad is not None and topology.sees_part(name, p)]
+    if seen_in_part:
+        _sum([topology.mp_group], seen_in_part)
+    if groups:
+        _sum(groups, [p.grad for p in parameters.values() if p.grad is not None])
+
+
+def _sum(groups: list[Any], tensors: list[Tensor]) -> None:
     with paddle.no_grad():
-        for bucket in _buckets([p.grad for p in parameters if p.grad is not None]):
+        for bucket in _buckets(tensors):
             flat = _flat(bucket)
             for group in groups:
                 dist.all_reduce(flat, group=group)
@@ -34,12 +45,12 @@ def loss_and_norm(topology: Topology, loss: float, parameters: dict[str, Tensor]
     Args:
         topology: of this rank.
         loss: this rank's part.
-        parameters: by logical name, their gradients already added up over the replicas.
+        parameters: that this rank updates, by logical name, their gradients already added up over the replicas.
     """
     if topology.hcg is None:
         return loss, optim.global_norm(list(parameters.values()))
     counted = [p for name, p in parameters.items() if counts(topology, name, p)]
-    squares = optim.global_norm(counted) ** 2 if counted and topology.replica == 0 else 0.0
+    squares = optim.global_norm(counted) ** 2 if counted and topology.answers else 0.0
     loss, squares = topology.totals(loss, squares)
     return loss, math.sqrt(squares)
 
@@ -52,22 +63,24 @@ def counts(topology: Topology, name: str, p: Tensor) -> bool:
     return not topology.is_tied_copy(name) and (topology.mp_rank == 0 or split_axis(p) is not None)
 
 
-def owners(parameters: dict[str, Tensor], degree: int) -> dict[str, int]:
+def owners(sizes: dict[str, int], degree: int) -> dict[str, int]:
     """Which rank of the sharding group updates each parameter: the largest first, to whom has least.
 
-    Example: of sizes 5, 4, 3, 2 two ranks get 5 + 2 and 4 + 3.
+    Example:
+        >>> owners({"a": 5, "b": 4, "c": 3, "d": 2}, 2)
+        {'a': 0, 'b': 1, 'c': 1, 'd': 0}
     """
     load = [0] * degree
     owner = {}
-    for name, p in sorted(parameters.items(), key=lambda item: -int(item[1].size)):
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         owner[name] = load.index(min(load))
-        load[owner[name]] += int(p.size)
+        load[owner[name]] += size
     return owner
 
 
 def share_updates(topology: Topology, parameters: dict[str, Tensor], owner: dict[str, int]) -> None:
     """Give each parameter from the rank that has updated it to the others of the sharding group."""
-    group = topology.hcg.get_sharding_parallel_group()
+    group = topology.sharding_group
     with paddle.no_grad():
         for rank, source in enumerate(group.ranks):
             for bucket in _buckets([p for name, p in parameters.items() if owner[name] == rank]):

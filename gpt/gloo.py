@@ -24,9 +24,10 @@ import paddle.distributed as dist
 from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.base import core
-from paddle.distributed import collective, parallel
+from paddle.distributed import collective, fleet, parallel
 from paddle.distributed.communication.reduce import _get_reduce_op
 from paddle.distributed.fleet.layers.mpu import mp_ops
+from paddle.distributed.fleet.utils import sequence_parallel_utils
 
 from gpt import sockets
 from gpt.kernels import view
@@ -42,6 +43,8 @@ def prepare() -> None:
     mp_ops._c_identity = _identity
     mp_ops._mp_allreduce = _all_reduce
     mp_ops._c_softmax_with_cross_entropy = _cross_entropy
+    sequence_parallel_utils.all_gather = _gather_rows
+    sequence_parallel_utils.reduce_scatter = _reduce_scatter_rows
 
 
 def link(hcg: Any, *, ring: bool) -> None:
@@ -236,3 +239,17 @@ def _cross_entropy(
     logits: Tensor, label: Tensor, group: Any = None, return_softmax: bool = False, ignore_index: int = -100
 ) -> Tensor:
     return _CrossEntropy.apply(logits, label, group)
+
+
+def _gather_rows(x: Tensor) -> Tensor:
+    """All mp ranks' rows, one rank's after the other's."""
+    group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+    out = paddle.empty([x.shape[0] * group.nranks, *x.shape[1:]], x.dtype)
+    group.process_group.all_gather_into_tensor_on_calc_stream(out, x.contiguous())
+    return out
+
+
+def _reduce_scatter_rows(x: Tensor) -> Tensor:
+    """This mp rank's rows of the sum: Gloo has no reduce-scatter."""
+    group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+    return paddle.split(_reduce(x.clone(), dist.ReduceOp.SUM, group), group.nranks)[group.rank]

@@ -90,7 +90,7 @@ class Meter:
             f"step {record['step']:>{len(str(last))}}/{last}",
             f"loss {record['train/loss']:.4f}",
             f"lr {record['lr']:.3e}",
-            f"grad {record['grad_norm']:.3f}",
+            "grad overflow" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3f}",
             f"{record['tokens_per_second']:,.0f} tok/s",
         ]
         if "mfu" in record:

@@ -8,6 +8,7 @@ so that a split of the columns is a split of the heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import paddle
 from paddle import Tensor, nn
@@ -17,6 +18,7 @@ from gpt import ops
 from gpt.config import Config, Recompute, padded_vocab
 from gpt.topology import Topology, initial_value
 
+Settle = Callable[[str, nn.Layer], None]
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values so far, BTND each
 
 
@@ -35,15 +37,16 @@ class Attention(nn.Layer):  # type: ignore[misc]
         self.out = topology.row_linear(m.hidden, m.hidden)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        """Attend to all earlier positions; returns BTH before the residual sum."""
-        B, T, _ = x_BTH.shape
-        qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
+        """Attend to all earlier positions; returns BTH before the residual sum (see ``Topology.turned``)."""
+        qkv_BTE = self.topology.turned(self.qkv(x_BTH))
+        B, T, _ = qkv_BTE.shape
+        qkv_BTNE = qkv_BTE.reshape([B, T, self.heads, 3 * self.size])
         dropout = self.dropout if self.training else 0.0
         if self.recompute_core and self.training:
             mixed_BTND = recompute(self._mix, qkv_BTNE, dropout)
         else:
             mixed_BTND = self._mix(qkv_BTNE, dropout)
-        return self.out(mixed_BTND.reshape([B, T, self.heads * self.size]))
+        return self.out(self.topology.turned(mixed_BTND.reshape([B, T, self.heads * self.size])))
 
     def _mix(self, qkv_BTNE: Tensor, dropout: float) -> Tensor:
         with self.topology.own_masks():
@@ -70,6 +73,7 @@ class Block(nn.Layer):  # type: ignore[misc]
         exempt = number in m.no_recompute_layers
         self.recompute = Recompute.none if exempt else m.recompute
         self.dropout = m.dropout
+        self.topology = topology
         self.norm1 = ops.LayerNorm(m.hidden, m.layer_norm_eps)
         self.attention = Attention(config, topology, self.recompute is Recompute.core_attn)
         self.norm2 = ops.LayerNorm(m.hidden, m.layer_norm_eps)
@@ -89,8 +93,11 @@ class Block(nn.Layer):  # type: ignore[misc]
             mixed = recompute(self.attention, normed)
         else:
             mixed = self.attention(normed)
-        x_BTH = x_BTH + ops.dropout(mixed, self.dropout, self.training)
-        return x_BTH + ops.dropout(self._mlp(self.norm2(x_BTH)), self.dropout, self.training)
+        with self.topology.branch_masks():
+            x_BTH = x_BTH + ops.dropout(mixed, self.dropout, self.training)
+        branch = self._mlp(self.norm2(x_BTH))
+        with self.topology.branch_masks():
+            return x_BTH + ops.dropout(branch, self.dropout, self.training)
 
     def _mlp(self, x_BTH: Tensor) -> Tensor:
         return self.fc2(ops.gelu(self.fc1(x_BTH)))
@@ -118,17 +125,25 @@ class GPT(nn.Layer):  # type: ignore[misc]
     Args:
         config: of the job; reads ``model``, ``parallel`` and ``seed``.
         topology: of this rank; gives the linears.
+        settle: told of each part as soon as it is made, with the prefix of its names: what need not stay here can go
+            before the next part comes.
     """
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, settle: Settle = lambda prefix, part: None) -> None:
         super().__init__()
         m = config.model
         self.config = config
         self.topology = topology
         self.word = topology.embedding(padded_vocab(config), m.hidden)
         self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
-        self.layers = nn.LayerList([Block(config, topology, i) for i in range(m.layers)])
         self.norm = ops.LayerNorm(m.hidden, m.layer_norm_eps)
+        for prefix, part in (("word", self.word), ("position", self.position), ("norm", self.norm)):
+            settle(prefix, part)
+        self.layers = nn.LayerList()
+        for i in range(m.layers):
+            block = Block(config, topology, i)
+            settle(f"layers.{i}", block)
+            self.layers.append(block)
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters by the names that checkpoints, initial values and decay rules use."""
@@ -140,10 +155,10 @@ class GPT(nn.Layer):  # type: ignore[misc]
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states BTH of int64 tokens BT."""
-        x_BTH = self._embed(tokens_BT, 0)
+        x_BTH = self.topology.enter_blocks(self._embed(tokens_BT, 0))
         for block in self.layers:
             x_BTH = block(x_BTH)
-        return self.norm(x_BTH)
+        return self.topology.leave_blocks(self.norm(x_BTH))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits BTV; those of padding rows are -1e9."""

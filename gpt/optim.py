@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gpt.config import Optimizer, Schedule, ScheduleName
+from gpt.guard import GuardError
 
 if TYPE_CHECKING:
     import paddle
@@ -67,15 +69,50 @@ def global_norm(parameters: list[paddle.Tensor]) -> float:
     return math.sqrt(ops.sum_of_squares(gradients))
 
 
-def clip(parameters: list[paddle.Tensor], norm: float, limit: float) -> None:
-    """Scale all gradients by limit / norm if that is less than one, in place."""
+def clip(parameters: list[paddle.Tensor], norm: float, limit: float, loss_scale: float = 1.0) -> None:
+    """Divide all gradients by the loss scale, and scale them by limit / norm if that is less than one, in place."""
     import paddle
 
-    if 0 < limit < norm:
+    factor = (limit / norm if 0 < limit < norm else 1.0) / loss_scale
+    if factor != 1.0:
         with paddle.no_grad():
             for p in parameters:
                 if p.grad is not None:
-                    p.grad.scale_(limit / norm)
+                    p.grad.scale_(factor)
+
+
+@dataclass
+class LossScale:
+    """What a float16 loss is multiplied by, so that small gradients do not vanish (Micikevicius et al., 2018).
+
+    Halved after a step whose gradients overflow, doubled after ``GOOD_STEPS`` that do not. The engine tells it what
+    the norm over all ranks was, so every rank has the same scale.
+    """
+
+    value: float = 32768.0
+    good_steps: int = 0
+
+    GOOD_STEPS: ClassVar[int] = 1000
+    LEAST: ClassVar[float] = 2.0**-10
+
+    def scale(self, loss: paddle.Tensor) -> paddle.Tensor:
+        """The loss to differentiate; Fleet's schedule calls it too."""
+        return loss * self.value
+
+    def after_step(self, finite: bool) -> None:
+        """Adapt to what the step's gradients were.
+
+        Raises:
+            GuardError: the gradients overflow at the least scale: it is not the scale that is wrong.
+        """
+        if not finite:
+            self.value, self.good_steps = self.value / 2, 0
+            if self.value < self.LEAST:
+                raise GuardError(f"gradients overflow at every loss scale down to {self.LEAST}; try precision=bf16")
+            return
+        self.good_steps += 1
+        if self.good_steps == self.GOOD_STEPS:
+            self.value, self.good_steps = self.value * 2, 0
 
 
 def state_of(optimizer: Any, parameters: dict[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:

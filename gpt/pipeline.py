@@ -43,28 +43,30 @@ class Word(nn.Layer):  # type: ignore[misc]
 class Position(nn.Layer):  # type: ignore[misc]
     """Adds the positions, with dropout."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()
         m = config.model
+        self.topology = topology
         self.dropout = m.dropout
         self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        """Returns BTH."""
+        """Returns what the blocks want."""
         positions_T = paddle.arange(x_BTH.shape[1], dtype="int64")
-        return ops.dropout(x_BTH + self.position(positions_T), self.dropout, self.training)
+        return self.topology.enter_blocks(ops.dropout(x_BTH + self.position(positions_T), self.dropout, self.training))
 
 
 class FinalNorm(nn.Layer):  # type: ignore[misc]
     """The LayerNorm before the head."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()
+        self.topology = topology
         self.norm = ops.LayerNorm(config.model.hidden, config.model.layer_norm_eps)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
         """Returns BTH."""
-        return self.norm(x_BTH)
+        return self.topology.leave_blocks(self.norm(x_BTH))
 
 
 def _head(word: Word, x_BTH: Tensor) -> Tensor:
@@ -80,9 +82,9 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         super().__init__(
             layers=[
                 SharedLayerDesc("word", Word, None, "weight", config, topology),
-                LayerDesc(Position, config),
+                LayerDesc(Position, config, topology),
                 *(LayerDesc(Block, config, topology, i) for i in range(config.model.layers)),
-                LayerDesc(FinalNorm, config),
+                LayerDesc(FinalNorm, config, topology),
                 SharedLayerDesc("word", Word, _head, "weight", config, topology),
             ],
             num_stages=config.parallel.pp_degree,

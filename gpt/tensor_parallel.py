@@ -1,5 +1,8 @@
 """Fleet's layers for weights that are shared out among the mp ranks, and the head over a shared-out vocabulary.
 
+With sequence parallel (Korthikanti et al., 2022) what all mp ranks would compute alike between the split linears
+is shared out by position: activations are TBH there, as Fleet wants them, each rank with its T / mp positions.
+
 M rows, H hidden, V vocabulary rows of this rank.
 """
 
@@ -12,24 +15,33 @@ from paddle import Tensor, nn
 from paddle.distributed import fleet
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.utils import recompute
+from paddle.distributed.fleet.utils import sequence_parallel_utils as sequence
 
 
 def _zeros() -> Any:
     return nn.initializer.Constant(0.0)  # the model gives the values
 
 
-def column_linear(size_in: int, size_out: int) -> nn.Layer:
-    """Each rank computes its share of the output columns."""
-    return fleet.meta_parallel.ColumnParallelLinear(
-        size_in, size_out, weight_attr=_zeros(), has_bias=True, gather_output=False
-    )
+def column_linear(size_in: int, size_out: int, *, by_position: bool) -> nn.Layer:
+    """Each rank computes its share of the output columns; ``by_position``: from all ranks' positions."""
+    kind = sequence.ColumnSequenceParallelLinear if by_position else fleet.meta_parallel.ColumnParallelLinear
+    return kind(size_in, size_out, weight_attr=_zeros(), has_bias=True, gather_output=False)
 
 
-def row_linear(size_in: int, size_out: int) -> nn.Layer:
-    """Each rank has its share of the input columns; the outputs are added up."""
-    return fleet.meta_parallel.RowParallelLinear(
-        size_in, size_out, weight_attr=_zeros(), has_bias=True, input_is_parallel=True
-    )
+def row_linear(size_in: int, size_out: int, *, by_position: bool) -> nn.Layer:
+    """Each rank has its share of the input columns; the outputs are added up, ``by_position``: for its positions."""
+    kind = sequence.RowSequenceParallelLinear if by_position else fleet.meta_parallel.RowParallelLinear
+    return kind(size_in, size_out, weight_attr=_zeros(), has_bias=True, input_is_parallel=True)
+
+
+def own_positions(x_TBH: Tensor) -> Tensor:
+    """This rank's positions of what all ranks have; backward gathers."""
+    return sequence.ScatterOp.apply(x_TBH)
+
+
+def all_positions(x_TBH: Tensor) -> Tensor:
+    """The inverse of ``own_positions``."""
+    return sequence.GatherOp.apply(x_TBH)
 
 
 def embedding(rows: int, size: int) -> nn.Layer:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt.config import Config, Device, DType, Parallel, UserError, accumulate_steps, micro_batch_size, world_size
+from gpt.config import Config, Device, Parallel, accumulate_steps, micro_batch_size, world_size
 from gpt.data.tokens import Array
 
 if TYPE_CHECKING:
@@ -22,25 +22,6 @@ if TYPE_CHECKING:
 
 
 WORD = "word.weight"  # the table that the head is tied to
-
-
-def unsupported(config: Config) -> list[str]:
-    """What this version cannot run, in the words a user needs; a plan of it is still possible."""
-    parallel = config.parallel
-    found = []
-    if parallel.sharding_degree > 1 and parallel.sharding_stage > 1:
-        found.append(
-            f"parallel.sharding_stage={parallel.sharding_stage}: this version shards the optimizer's state only; "
-            "use parallel.sharding_stage=1 (task=plan works for every preset)"
-        )
-    if parallel.sequence_parallel:
-        found.append(
-            "parallel.sequence_parallel=true: not in this version; use parallel.sequence_parallel=false and "
-            "model.recompute=full if memory is short (task=plan works for every preset)"
-        )
-    if config.precision.dtype is DType.fp16 and world_size(config) > 1:
-        found.append("precision=fp16 on several ranks: loss scaling is not agreed among them; use precision=bf16")
-    return found
 
 
 def derive_seed(*parts: Any) -> int:
@@ -84,16 +65,9 @@ class Topology:
 
     @classmethod
     def connect(cls, config: Config) -> Topology:
-        """Choose the device and join the other ranks, whose places are in the environment.
-
-        Raises:
-            UserError: this version cannot run the degrees.
-        """
+        """Choose the device and join the other ranks, whose places are in the environment."""
         import paddle
 
-        problems = unsupported(config)
-        if problems:
-            raise UserError.of(problems)
         paddle.set_device(config.cluster.device.value)
         if world_size(config) == 1:
             return cls(config.parallel, config.cluster.device)
@@ -148,11 +122,18 @@ class Topology:
         return self.hcg.get_model_parallel_group()
 
     @property
-    def replica_groups(self) -> list[Any]:
-        """Groups over which, one after the other, a sum is the sum over all replicas."""
+    def sharding_group(self) -> Any:
+        """Replicas that share out the optimizer's state; None on one rank."""
+        return self.hcg.get_sharding_parallel_group() if self.hcg else None
+
+    @property
+    def gradient_groups(self) -> list[Any]:
+        """Groups over which, one after the other, gradients are added up at the end of a step."""
         if self.hcg is None:
             return []
-        groups = (self.hcg.get_data_parallel_group(), self.hcg.get_sharding_parallel_group())
+        groups = [self.hcg.get_data_parallel_group()]
+        if self.parallel.sharding_stage == 1:
+            groups.append(self.sharding_group)
         return [group for group in groups if group.nranks > 1]
 
     def totals(self, *values: float) -> list[float]:
@@ -197,12 +178,41 @@ class Topology:
 
         return get_rng_state_tracker().rng_state()  # type: ignore[no-any-return]
 
+    def branch_masks(self) -> contextlib.AbstractContextManager[Any]:
+        """For dropout between the split linears: under sequence parallel every mp rank has other positions there."""
+        return self.own_masks() if self.parallel.sequence_parallel else contextlib.nullcontext()
+
+    def turned(self, x: paddle.Tensor) -> paddle.Tensor:
+        """B T ... to T B ... or back under sequence parallel, whose layers share out the first axis; else as it is."""
+        return x.transpose([1, 0, *range(2, x.ndim)]) if self.parallel.sequence_parallel else x
+
+    def enter_blocks(self, x_BTH: paddle.Tensor) -> paddle.Tensor:
+        """BTH as the blocks want it: under sequence parallel this mp rank's positions, TBH."""
+        if not self.parallel.sequence_parallel:
+            return x_BTH
+        from gpt import tensor_parallel
+
+        return tensor_parallel.own_positions(self.turned(x_BTH))
+
+    def leave_blocks(self, x: paddle.Tensor) -> paddle.Tensor:
+        """The inverse of ``enter_blocks``."""
+        if not self.parallel.sequence_parallel:
+            return x
+        from gpt import tensor_parallel
+
+        return self.turned(tensor_parallel.all_positions(x))
+
+    def sees_part(self, name: str, p: paddle.Tensor) -> bool:
+        """Whether this mp rank's gradient of a parameter that all mp ranks have is of its own positions only."""
+        in_blocks = name.startswith(("layers.", "norm."))
+        return self.parallel.sequence_parallel and in_blocks and split_axis(p) is None
+
     def column_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose output columns are shared out among the mp ranks; not yet initialised."""
         if self.parallel.mp_degree > 1:
             from gpt import tensor_parallel
 
-            return tensor_parallel.column_linear(size_in, size_out)
+            return tensor_parallel.column_linear(size_in, size_out, by_position=self.parallel.sequence_parallel)
         from gpt import ops
 
         return ops.Linear(size_in, size_out)
@@ -212,7 +222,7 @@ class Topology:
         if self.parallel.mp_degree > 1:
             from gpt import tensor_parallel
 
-            return tensor_parallel.row_linear(size_in, size_out)
+            return tensor_parallel.row_linear(size_in, size_out, by_position=self.parallel.sequence_parallel)
         from gpt import ops
 
         return ops.Linear(size_in, size_out)
@@ -268,7 +278,8 @@ def _join(config: Config) -> Any:
     strategy.pipeline_configs = {
         "accumulate_steps": accumulate_steps(config),
         "micro_batch_size": micro_batch_size(config),
-        "enable_partial_send_recv": not on_cpu,
+        # Each mp rank sends its part of what all have; under sequence parallel they have different things.
+        "enable_partial_send_recv": not on_cpu and not parallel.sequence_parallel,
     }
     if on_cpu:
         from gpt import gloo

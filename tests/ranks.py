@@ -13,6 +13,7 @@ from gpt.config import Split, typed
 from gpt.data.corpus import Prepared
 from gpt.data.samples import Samples
 from gpt.engine import Engine
+from gpt.optim import LossScale
 from gpt.topology import Topology
 
 
@@ -35,6 +36,21 @@ def train(config: dict[str, Any], data: dict[str, Any], steps: int) -> dict[str,
         "grad_norm": [r.grad_norm for r in results],
         "val": engine.evaluate(Samples(job, prepared, Split.val, shuffled=False), 3),
     }
+
+
+def overflow(config: dict[str, Any], data: dict[str, Any]) -> list[Any]:
+    """With a loss scale: norm, then that of a step whose gradients overflow on the last rank, scale, weight, norm."""
+    job = typed(config)
+    engine = Engine(job, Topology.connect(job))
+    engine.loss_scale = LossScale(value=4.0)
+    samples = Samples(job, Prepared.from_plain(data), Split.train)
+    first = engine.step(1, samples).grad_norm
+    before = engine.parameters["layers.0.fc1.weight"].numpy()
+    if engine.topology.replica == 1:
+        engine.loss_scale.scale = lambda loss: loss * float("inf")  # type: ignore[method-assign]
+    second = engine.step(2, samples).grad_norm
+    same = bool((engine.parameters["layers.0.fc1.weight"].numpy() == before).all())
+    return [first, second, engine.loss_scale.value, same]
 
 
 def masks(config: dict[str, Any]) -> list[float]:

@@ -39,10 +39,9 @@ BAD = {
     "a missing file": (["data=text", "data.path=nowhere"], ["data.path=nowhere: not found"]),
     "missing token files": (["data=tokens", "data.path=nowhere/x"], ["no such token file", "nowhere/x_ids.npy"]),
     "a sweep without -m": (["model=345m,1.3b"], ["Ambiguous"]),
-    "a sharding stage": (["parallel=sharding16"], ["parallel.sharding_stage=2", "use parallel.sharding_stage=1"]),
-    "sequence parallel": (
-        ["parallel=mp2", "parallel.sequence_parallel=true"],
-        ["use parallel.sequence_parallel=false"],
+    "a sharding stage": (
+        ["parallel=sharding2_mp2_pp2", "parallel.sharding_stage=2"],
+        ["parallel.sharding_stage=2 does not go with parallel.pp_degree=2", "use parallel.sharding_stage=1"],
     ),
     "half precision": (["precision=bf16"], ["precision=bf16 needs a GPU", "use precision=fp32"]),
     "no GPU": (["cluster.device=gpu"], ["cluster.device=gpu"]),

@@ -19,7 +19,7 @@ FLOORS = [
     {"gpt.ops", "gpt.gloo", "gpt.tensor_parallel"},
     {"gpt.optim", "gpt.topology"},
     {"gpt.whole"},
-    {"gpt.exchange"},
+    {"gpt.exchange", "gpt.sharding"},
     {"gpt.model", "gpt.runs"},
     {"gpt.pipeline"},
     {"gpt.checkpoint", "gpt.log", "gpt.report", "gpt.console"},

@@ -317,7 +317,7 @@ def test_more_ranks_than_gpus_are_refused_with_what_fits(monkeypatch: pytest.Mon
     (problem,) = host.problems(config, 8)
     assert problem == (
         "8 ranks need a GPU each, and this host has 2: "
-        "of the presets of parallel, dp2, mp2, pp2, sharding2, single fit; "
+        "of the presets of parallel, dp2, mp2, pp2, sharding2, sharding2_stage2, sharding2_stage3, single fit; "
         "cluster.device=cpu simulates all 8 ranks on the CPU"
     )
     assert host.problems(config, 2) == []

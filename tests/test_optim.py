@@ -11,6 +11,7 @@ from conftest import SMALL, configured
 
 from gpt import optim
 from gpt.config import Device, Optimizer, Schedule, ScheduleName
+from gpt.guard import GuardError
 from gpt.model import GPT
 from gpt.topology import Topology
 
@@ -88,3 +89,20 @@ def test_clipping_scales_all_gradients_to_the_limit() -> None:
     assert optim.global_norm(parameters) == pytest.approx(norm)
     optim.clip(parameters, norm, 0.5)
     assert optim.global_norm(parameters) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_the_loss_scale_halves_on_overflow_and_doubles_after_enough_good_steps() -> None:
+    scale = optim.LossScale()
+    scale.after_step(finite=False)
+    assert scale.value == 16384
+    for _ in range(optim.LossScale.GOOD_STEPS - 1):
+        scale.after_step(finite=True)
+    assert scale.value == 16384
+    scale.after_step(finite=True)
+    assert (scale.value, scale.good_steps) == (32768, 0)
+
+
+def test_gradients_that_overflow_at_every_scale_stop_the_run() -> None:
+    scale = optim.LossScale(value=optim.LossScale.LEAST)
+    with pytest.raises(GuardError, match="precision=bf16"):
+        scale.after_step(finite=False)

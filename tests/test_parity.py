@@ -47,13 +47,35 @@ def single(text: Path, *overrides: str) -> dict[str, Any]:
     return dict(json.loads(_single(text, overrides)))
 
 
-@pytest.mark.parametrize("parallel", ["dp2", "mp2", "pp2", "sharding2", "mp2_pp2", "dp2_mp2_pp2", "sharding2_mp2_pp2"])
-def test_losses_are_those_of_one_process(text: Path, parallel: str) -> None:
+STAGE_2, STAGE_3 = "parallel.sharding_stage=2", "parallel.sharding_stage=3"
+BY_POSITION = "parallel.sequence_parallel=true"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["dp2"], ["mp2"], ["pp2"], ["sharding2"], ["mp2_pp2"], ["dp2_mp2_pp2"], ["sharding2_mp2_pp2"],
+        ["sharding2", STAGE_2], ["sharding2", STAGE_3], ["sharding2", STAGE_3, "model.recompute=full"],
+        ["sharding2", STAGE_2, "parallel.dp_degree=2"], ["sharding2", STAGE_3, "parallel.mp_degree=2"],
+        ["mp2", BY_POSITION], ["mp2", BY_POSITION, "model.recompute=full"], ["mp2_pp2", BY_POSITION],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_losses_are_those_of_one_process(text: Path, layout: list[str]) -> None:
     expected = single(text, *NO_DROPOUT)
-    got = losses(text, *NO_DROPOUT, f"parallel={parallel}")
+    got = losses(text, *NO_DROPOUT, f"parallel={layout[0]}", *layout[1:])
     assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     assert got["val"] == pytest.approx(expected["val"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [["dp2"], ["sharding2", STAGE_2]], ids=" ".join)
+def test_an_overflow_on_one_rank_leaves_out_the_step_on_all(text: Path, layout: list[str]) -> None:
+    config, data, ranks = job(text, *NO_DROPOUT, f"parallel={layout[0]}", *layout[1:])
+    expected = single(text, *NO_DROPOUT)["grad_norm"][0]
+    for first, second, scale, same in harness.run("ranks:overflow", ranks, config, data):
+        assert first == pytest.approx(expected, rel=1e-4)  # the scale is taken out again
+        assert (second, scale, same) == (None, 2.0, True)
 
 
 def test_virtual_stages_too(text: Path) -> None:

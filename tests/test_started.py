@@ -103,14 +103,13 @@ def test_a_world_that_is_not_the_product_of_the_degrees_is_refused() -> None:
 
 # --- our command, started once per rank ---
 
-# The command as it is, but for two things: it is not refused for having several ranks, and "python -m gpt.worker"
+# The command as it is, but "python -m gpt.worker"
 # is a script of the test's own.
 COMMAND = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.executable = {{worker!r}}
 from gpt import driver, main
-driver.unsupported = lambda config: []
 main.main()
 """
 WORKER = f"""#!{sys.executable}
