@@ -63,6 +63,18 @@ def checked(composed: DictConfig, choices: Any) -> Config:
     return config
 
 
+def job(overrides: list[str]) -> Config:
+    """The typed configuration of a command line, for scripts.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    register()
+    with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
+        composed = compose("config", overrides, return_hydra_config=True)
+    return checked(job_config(composed), composed.hydra.runtime.choices)
+
+
 class Gate(Callback):
     """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
 

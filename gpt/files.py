@@ -126,3 +126,17 @@ class Lock:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+def replace_section(path: Path, name: str, text: str) -> None:
+    """Put figures between the markers ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` of a page.
+
+    Raises:
+        ValueError: the page has no such markers.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    head, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ended, tail = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{path}: no {begin} ... {end}")
+    write_atomic(path, f"{head}{begin}\n{text}\n{end}{tail}")

@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.config import Config, Device, typed  # noqa: E402
+from gpt import cli  # noqa: E402
+from gpt.config import Config, Device  # noqa: E402
 
 VARIANTS = {
     "ours": "this project, as its launcher starts it",
@@ -38,20 +39,12 @@ VARIANTS = {
 
 def configuration(model: str, batch: int, dropout: float) -> Config:
     """The job that every variant trains: the preset's shape on random tokens."""
-    from hydra import compose, initialize_config_dir
-
-    from gpt import cli
-    from gpt.files import conf_dir
-
-    cli.register()
     overrides = [
         f"model={model}", "data=tokens", "data.path=none", f"trainer.micro_batch_size={batch}",
         f"trainer.global_batch_size={batch}", f"model.dropout={dropout}", f"model.attention_dropout={dropout}",
         "cluster.device=cpu",
     ]  # fmt: skip
-    with initialize_config_dir(config_dir=conf_dir(), version_base="1.3"):
-        composed = compose("config", overrides)
-    return typed(composed)
+    return cli.job(overrides)
 
 
 class RandomSamples:

@@ -21,20 +21,14 @@ JOB = [
     "trainer.save_every=0", "optimizer.clip_norm=0.3", "schedule.warmup_steps=4", "schedule.decay_steps=20",
     "optimizer.lr=1e-3", "cluster.device=cpu", "cluster.threads=1", "generate.max_new_tokens=1",
 ]  # fmt: skip
-PRESETS = {
-    "single": ["parallel=single"],
-    "dp2": ["parallel=dp2"],
-    "mp2": ["parallel=mp2"],
-    "pp2": ["parallel=pp2"],
-    "sharding2": ["parallel=sharding2"],
-    "pp4, 2 virtual stages": ["parallel=pp4", "parallel.virtual_pp_degree=2"],
-    "mp2_pp2": ["parallel=mp2_pp2"],
-    "dp2_mp2": ["parallel=dp2_mp2"],
-    "dp2_mp2_pp2": ["parallel=dp2_mp2_pp2"],
-    "sharding2_mp2_pp2": ["parallel=sharding2_mp2_pp2"],
-    "pp4": ["parallel=pp4"],
-    "dp8": ["parallel=dp8"],
-}
+BY_POSITION = "parallel.sequence_parallel=true"
+LAYOUTS = [
+    ["single"], ["dp2"], ["mp2"], ["mp2", BY_POSITION], ["pp2"], ["pp4"], ["pp4", "parallel.virtual_pp_degree=2"],
+    ["sharding2"], ["sharding2_stage2"], ["sharding2_stage3"], ["sharding2_stage3", "model.recompute=full"],
+    ["mp2_pp2"], ["mp2_pp2", BY_POSITION], ["dp2_mp2"], ["sharding2_stage2", "parallel.dp_degree=2"],
+    ["sharding2_stage3", "parallel.mp_degree=2", BY_POSITION], ["dp2_mp2_pp2"], ["sharding2_mp2_pp2"], ["dp8"],
+    ["single", "parallel.sharding_degree=8", "parallel.sharding_stage=2"],
+]  # fmt: skip
 Record = dict[str, float]
 
 
@@ -61,11 +55,12 @@ def main() -> None:
     rows, worst = [], 0.0
     expected: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, overrides) in enumerate(PRESETS.items()):
-            records = train(overrides, Path(folder) / str(number))
+        for number, (preset, *more) in enumerate(LAYOUTS):
+            records = train([f"parallel={preset}", *more], Path(folder) / str(number))
             expected = expected or records
             figures = [distance(key, expected, records) for key in ("train/loss", "grad_norm", "val/loss")]
             last = f"{records[-1]['train/loss']:.6f}"
+            name = " ".join([preset, *(override.removeprefix("parallel.") for override in more)])
             rows.append(f"| {name} | {last} | " + " | ".join(f"{f:.1e}" for f in figures) + " |")
             print(rows[-1], flush=True)
             worst = max(worst, figures[0], figures[2])

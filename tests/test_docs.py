@@ -51,6 +51,15 @@ def test_scripts_that_documents_name_exist() -> None:
             assert (ROOT / path).exists(), f"{document.name}: {path}"
 
 
+def test_the_table_of_what_goes_with_what_is_that_of_the_rules() -> None:
+    from gpt import cli, support
+    from scripts.support import BASE, PAGE
+
+    assert support.table(cli.job(BASE)) in PAGE.read_text(encoding="utf-8")
+    assert support.together(cli.job(BASE), "mp", "pp") == []
+    assert support.together(cli.job(BASE), "sharding 1", "sharding 2") is None
+
+
 def test_no_file_is_long() -> None:
     for folder in ("gpt", "launchers", "scripts", "tests"):
         for path in Path(ROOT / folder).rglob("*.py"):

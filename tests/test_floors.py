@@ -13,6 +13,7 @@ from conftest import ROOT
 FLOORS = [
     {"gpt", "gpt.config", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.rules", "gpt.plan"},
+    {"gpt.support"},
     {"gpt.data", "gpt.data.tokens", "gpt.data.tokenizer", "gpt.data.order", "gpt.data.corpus", "gpt.data.samples"},
     {"gpt.kernels", "gpt.sockets"},
     {"gpt.kernels_large"},
