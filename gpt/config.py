@@ -181,6 +181,7 @@ class Optimizer:
     eps: float = MISSING
     weight_decay: float = MISSING
     clip_norm: float = MISSING
+    offload: bool = False  # float32 weights and moments in host memory, updated there
 
 
 @dataclass

@@ -45,6 +45,7 @@ class Engine:
         self.training = train
         self.pipelined = topology.parallel.pp_degree > 1
         self.low_precision = config.precision.dtype is not DType.fp32
+        self.keeps_master = self.low_precision or config.optimizer.offload
         sizes = {name: math.prod(shape) for name, shape in whole.shapes(config).items()}
         self.shards = Shards(topology, exchange.owners(sizes, topology.parallel.sharding_degree))
         self.model: Any = self._build()
@@ -224,7 +225,7 @@ class Engine:
             p.set_value(paddle.to_tensor(own[name]).astype(p.dtype))
         if slots is not None:
             owned = whole.parts(self.topology, slots, self.owned)
-            optim.restore(self.optimizer, self.owned, owned, own if self.low_precision else {})
+            optim.restore(self.optimizer, self.owned, owned, own if self.keeps_master else {})
         if self.loss_scale and rest.get("loss_scale"):
             self.loss_scale = optim.LossScale(**rest["loss_scale"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,27 +39,82 @@ def decays(name: str) -> bool:
     return not name.endswith(".bias") and ".norm" not in f".{name}"
 
 
+class Offloaded:
+    """An optimizer whose float32 weights and slots are in host memory, and which computes there.
+
+    For devices that are short of memory: gradients go to the host and updated weights come back, once per step. The
+    copies bear the names of the parameters, so the state is that of an optimizer with master weights.
+
+    Args:
+        parameters: on the device.
+        make: the optimizer over given parameters.
+    """
+
+    def __init__(self, parameters: list[paddle.Tensor], make: Callable[[list[paddle.Tensor]], Any]) -> None:
+        from paddle.base.framework import EagerParamBase
+
+        self.pairs = [
+            (p, EagerParamBase.from_tensor(p.detach().cpu().astype("float32"), name=p.name)) for p in parameters
+        ]
+        self.inner = make([host for _, host in self.pairs])
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        self.inner.set_lr(lr)
+
+    def step(self) -> None:
+        """Update on the host; the parameters on the device get the result."""
+        import paddle
+
+        device = paddle.get_device()
+        with paddle.no_grad():
+            for p, host in self.pairs:
+                host.grad = p.grad.cpu().astype("float32")
+            paddle.set_device("cpu")  # where the slots are made
+            self.inner.step()
+            paddle.set_device(device)
+            for p, host in self.pairs:
+                host.clear_gradient(False)
+                p.copy_(host.astype(p.dtype), False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Slots, and the float32 weights as master weights."""
+        return {**self.inner.state_dict(), "master_weights": {host.name: host for _, host in self.pairs}}
+
+    def set_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        master = state.pop("master_weights")
+        for _, host in self.pairs:
+            host.set_value(master[host.name])
+        self.inner.set_state_dict(state)
+
+
 def build(parameters: dict[str, paddle.Tensor], settings: Optimizer, *, master_weights: bool) -> Any:
     """Paddle's AdamW over all parameters; the engine sets the rate and clips.
 
     Args:
-        parameters: by logical name.
+        parameters: by logical name, with their first values.
         settings: of the optimizer section.
         master_weights: keep float32 copies of weights of a smaller type.
     """
     import paddle
 
     decayed = {p.name for name, p in parameters.items() if decays(name)}
-    return paddle.optimizer.AdamW(
-        learning_rate=settings.lr,
-        beta1=settings.betas[0],
-        beta2=settings.betas[1],
-        epsilon=settings.eps,
-        weight_decay=settings.weight_decay,
-        parameters=list(parameters.values()),
-        apply_decay_param_fun=decayed.__contains__,
-        multi_precision=master_weights,
-    )
+
+    def make(tensors: list[paddle.Tensor]) -> Any:
+        return paddle.optimizer.AdamW(
+            learning_rate=settings.lr,
+            beta1=settings.betas[0],
+            beta2=settings.betas[1],
+            epsilon=settings.eps,
+            weight_decay=settings.weight_decay,
+            parameters=tensors,
+            apply_decay_param_fun=decayed.__contains__,
+            multi_precision=master_weights,
+        )
+
+    tensors = list(parameters.values())
+    return Offloaded(tensors, make) if settings.offload else make(tensors)
 
 
 def global_norm(parameters: list[paddle.Tensor]) -> float:

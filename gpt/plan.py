@@ -101,7 +101,7 @@ def memory(config: Config) -> Memory:
 
     State: 4 + 4 + 8 bytes per parameter in fp32 (weight, gradient, two moments), 2 + 2 + 12 below it (fp32
     master weight and moments); ZeRO divides optimizer (stage 1), gradients (2), weights (3) by the sharding
-    degree. Activations: Korthikanti et al. 2022, table 2, scaled to the element size, with all in-flight
+    degree; offloaded, the optimizer's are in host memory. Activations: Korthikanti et al. 2022, table 2, scaled to the element size, with all in-flight
     micro batches of 1F1B (pp of them on the first stage).
     """
     m, p = config.model, config.parallel
@@ -109,11 +109,12 @@ def memory(config: Config) -> Memory:
     block = (4 * m.hidden**2 + 2 * m.hidden * m.ffn + 3 * m.hidden + m.ffn) / p.mp_degree + 6 * m.hidden
     here = embedding + m.layers / p.pp_degree * block
     size = 4 if config.precision.dtype is DType.fp32 else 2
+    state = 0 if config.optimizer.offload else 8 if size == 4 else 12
     shard = [p.sharding_degree if p.sharding_stage >= stage else 1 for stage in (3, 2, 1)]
     return Memory(
         weights=round(here * size / shard[0]),
         gradients=round(here * size / shard[1]),
-        optimizer=round(here * (8 if size == 4 else 12) / shard[2]),
+        optimizer=round(here * state / shard[2]),
         activations=_activations(config, size),
     )
 

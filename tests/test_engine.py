@@ -133,3 +133,17 @@ def test_a_checkpoint_of_another_model_is_refused(small: list[str]) -> None:
     deeper, _ = make(small, "model.layers=3")
     with pytest.raises(ValueError, match="another model"):
         deeper.load(model, slots, rest)
+
+
+def test_an_offloaded_optimizer_makes_the_same_steps_and_checkpoints(small: list[str]) -> None:
+    plain, samples = make(small)
+    offloaded, _ = make(small, "optimizer.offload=true")
+    for n in range(1, 4):
+        assert offloaded.step(n, samples).loss == plain.step(n, samples).loss
+    (model, slots, rest), (expected, expected_slots, _) = offloaded.state(), plain.state()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(model[name], value)
+    assert set(slots) == set(expected_slots)
+    again, _ = make(small, "optimizer.offload=true")
+    again.load(model, slots, rest)
+    assert again.step(4, samples).loss == plain.step(4, samples).loss

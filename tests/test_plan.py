@@ -63,3 +63,9 @@ def test_an_unknown_device_has_no_peak_and_so_no_mfu() -> None:
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.bf16) == 312e12
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.fp32) is None
     assert plan.peak_flops("AMD EPYC", DType.bf16) is None
+
+
+def test_an_offloaded_optimizer_takes_no_memory_of_the_device() -> None:
+    here, away = (plan.memory(configured(["optimizer.offload=" + str(value).lower()])) for value in (False, True))
+    assert (away.weights, away.gradients) == (here.weights, here.gradients)
+    assert (here.optimizer > 0, away.optimizer) == (True, 0)
