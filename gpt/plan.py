@@ -101,8 +101,8 @@ def memory(config: Config) -> Memory:
 
     State: 4 + 4 + 8 bytes per parameter in fp32 (weight, gradient, two moments), 2 + 2 + 12 below it (fp32
     master weight and moments); ZeRO divides optimizer (stage 1), gradients (2), weights (3) by the sharding
-    degree; offloaded, the optimizer's are in host memory. Activations: Korthikanti et al. 2022, table 2, scaled to the element size, with all in-flight
-    micro batches of 1F1B (pp of them on the first stage).
+    degree; an offloaded optimizer's are in host memory. Activations: Korthikanti et al. 2022, table 2, scaled to
+    the element size, with all in-flight micro batches of 1F1B (pp of them on the first stage).
     """
     m, p = config.model, config.parallel
     embedding = (padded_vocab(config) / p.mp_degree + m.positions) * m.hidden
