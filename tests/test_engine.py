@@ -76,7 +76,7 @@ def test_the_optimizer_state_is_named_by_parameter(small: list[str]) -> None:
     _, slots, _ = engine.state()
     assert len(slots) == 4 * len(engine.parameters)
     assert {key.rsplit(".", 1)[0] for key in slots} == set(engine.parameters)
-    assert slots["layers.1.fc1.weight.moment1_0"].shape == (32, 128)
+    assert slots["layers.1.fc1.weight.moment1_0"].array.shape == (32, 128)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
