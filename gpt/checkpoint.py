@@ -1,34 +1,37 @@
-"""Checkpoints that are whole or not there, saved in the background, checked before they are used.
+"""Checkpoints that are whole or not there, free of topology, checked before they are used.
 
     checkpoints/step_00000020/
         model.safetensors        parameters by logical name, always float32 (the master weights where there are any)
         optimizer.safetensors    <parameter>.<slot>
+        index.json               of every array the whole shape, and which slices are in which file
         state.json               step, tokens, loss scale, configuration, data, versions
         tokenizer.json           if the data has one
         manifest.json            size and SHA-256 of each file above
 
-A folder is written under a temporary name, flushed, and renamed; so one that has its name is complete, and one
-whose manifest does not hold has been damaged since.
+Of several ranks each writes the slices that it answers for: ``model-00003-of-00008.safetensors`` is rank 3's, and ranks
+that would repeat others have no file. Any number of ranks reads by slice what any other number wrote.
+
+The ranks write into one folder under a temporary name (``gpt.saving``), flush it, and the first renames it; so a folder
+that has its name is complete, and one whose manifest does not hold has been damaged since.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gpt import shards
 from gpt.config import UserError
-from gpt.data.tokens import Array
-from gpt.files import atomic_directory, remove_directory, remove_leftovers
 from gpt.runs import checkpoint_steps
+from gpt.shards import Index, Stored
+from gpt.topology import Topology
 
-FORMAT = 1
-Arrays = dict[str, Array]
+FORMAT = 2
+KINDS = ("model", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,25 @@ class Checkpoint:
     """A checkpoint that was found sound."""
 
     path: Path
-    state: dict[str, Any]
 
-    def model(self) -> Arrays:
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """What is not an array."""
+        state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        return state
+
+    @cached_property
+    def _index(self) -> dict[str, Index]:
+        index: dict[str, Index] = json.loads((self.path / "index.json").read_text(encoding="utf-8"))
+        return index
+
+    def model(self) -> Stored:
         """Parameters by logical name, float32."""
-        return _read(self.path / "model.safetensors")
+        return Stored(self.path, self._index["model"])
 
-    def optimizer(self) -> Arrays:
+    def optimizer(self) -> Stored:
         """Optimizer slots by ``<parameter>.<slot>``."""
-        return _read(self.path / "optimizer.safetensors")
+        return Stored(self.path, self._index["optimizer"])
 
     @property
     def tokenizer(self) -> Path | None:
@@ -53,147 +66,90 @@ class Checkpoint:
         return path if path.exists() else None
 
 
-def _read(path: Path) -> Arrays:
-    from safetensors.numpy import load_file
-
-    arrays: Arrays = load_file(path)
-    return arrays
-
-
 def folder_of(run_dir: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` is."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None: every file has the size and hash of the manifest."""
+def file_of(kind: str, rank: int, ranks: int) -> str:
+    """The file with a rank's slices of the ``model`` or the ``optimizer``.
+
+    Example:
+        >>> file_of("model", 3, 8)
+        'model-00003-of-00008.safetensors'
+    """
+    return f"{kind}-{rank:05d}-of-{ranks:05d}.safetensors" if ranks > 1 else f"{kind}.safetensors"
+
+
+def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a checkpoint folder, or None: every file has the size and hash of the manifest.
+
+    Args:
+        path: of the folder.
+        share: which share of the files to read, the others are only looked at.
+        shares: how many there are.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"its format is {manifest['format']}, this version reads {FORMAT}"
-        for name, facts in manifest["files"].items():
+        files = sorted(manifest["files"].items(), key=lambda item: -item[1]["bytes"])
+        for name, known in files:
             file = path / name
             if not file.exists():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size:,} bytes instead of {facts['bytes']:,}"
-            if _sha256(file) != facts["sha256"]:
+            if file.stat().st_size != known["bytes"]:
+                return f"{name} has {file.stat().st_size:,} bytes instead of {known['bytes']:,}"
+        for name, known in files[share::shares]:
+            if shards.facts(path / name).sha256 != known["sha256"]:
                 return f"{name} has changed (its SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json cannot be read ({error})"
+        return f"it cannot be read ({error})"
     return None
 
 
-def newest(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest(run_dir: Path, warn: Callable[[str], None], topology: Topology | None = None) -> Checkpoint | None:
     """The newest sound checkpoint of a run, found by looking, or None.
 
     Args:
         run_dir: of the run.
         warn: told of each damaged one that is passed over.
+        topology: of this rank if all ranks ask at once: they share out the reading, and all find the same.
     """
-    for step in reversed(checkpoint_steps(run_dir)):
+    rank, ranks = (topology.rank, ranks_of(topology)) if topology else (0, 1)
+    for step in reversed(_together(topology, checkpoint_steps(run_dir))[0]):
         path = folder_of(run_dir, step)
-        problem = damage(path)
+        problems = _together(topology, damage(path, rank, ranks))
+        problem = next((p for p in problems if p), None)
         if problem is None:
-            return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+            return Checkpoint(path)
         warn(f"checkpoint {path.name} is damaged and passed over: {problem}")
     return None
 
 
-def require(run_dir: Path, warn: Callable[[str], None]) -> Checkpoint:
+def ranks_of(topology: Topology) -> int:
+    """How many there are."""
+    return topology.replicas * topology.parallel.mp_degree * topology.parallel.pp_degree
+
+
+def _together(topology: Topology | None, mine: Any) -> list[Any]:
+    """What each rank says."""
+    if topology is None or topology.hcg is None:
+        return [mine]
+    import paddle.distributed as dist
+
+    said: list[Any] = []
+    dist.all_gather_object(said, mine)
+    return said
+
+
+def require(run_dir: Path, warn: Callable[[str], None], topology: Topology | None = None) -> Checkpoint:
     """``newest``, or an error.
 
     Raises:
         UserError: the run has no sound checkpoint.
     """
-    found = newest(run_dir, warn)
+    found = newest(run_dir, warn, topology)
     if found is None:
         raise UserError(f"{run_dir}: no sound checkpoint; train first (the same command without task=)")
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write(path: Path, model: Arrays, optimizer: Arrays, state: dict[str, Any], tokenizer: Path | None) -> None:
-    """Write one checkpoint, atomically.
-
-    Raises:
-        OSError: the disk is full or gone; nothing of the checkpoint is left, the others are untouched.
-    """
-    from safetensors.numpy import save_file
-
-    metadata = {"format": "gpt", "step": str(state["step"]), "config": json.dumps(state["config"])}
-    with atomic_directory(path) as fresh:
-        save_file(model, fresh / "model.safetensors", metadata)
-        save_file(optimizer, fresh / "optimizer.safetensors", metadata)
-        (fresh / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        if tokenizer:
-            shutil.copyfile(tokenizer, fresh / "tokenizer.json")
-        files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(fresh.iterdir())}
-        manifest = {"format": FORMAT, "step": state["step"], "files": files}
-        (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        if path.exists():  # only a damaged one can be here: a sound one would have been resumed from
-            remove_directory(path)
-
-
-class Saver:
-    """Writes checkpoints on a thread of its own, one at a time, and keeps the newest few.
-
-    Args:
-        run_dir: of the run.
-        keep: how many to keep; older ones go once a newer one is published.
-        say: told of failures and deletions.
-    """
-
-    def __init__(self, run_dir: Path, keep: int, say: Callable[[str], None]) -> None:
-        self.run_dir = run_dir
-        self.keep = keep
-        self.say = say
-        self.saved_step: int | None = None
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-        remove_leftovers(run_dir / "checkpoints")
-
-    def submit(
-        self, step: int, model: Arrays, optimizer: Arrays, state: dict[str, Any], tokenizer: Path | None
-    ) -> None:
-        """Start writing; the arrays must be copies that nobody changes. Waits only for an earlier save.
-
-        Args:
-            step: of the training.
-            model: see ``Checkpoint.model``.
-            optimizer: see ``Checkpoint.optimizer``.
-            state: what else is needed to go on.
-            tokenizer: file to put beside the weights.
-        """
-        self.wait()
-
-        def work() -> None:
-            try:
-                write(folder_of(self.run_dir, step), model, optimizer, state, tokenizer)
-                self.saved_step = step
-                self._retire()
-            except Exception as error:  # the thread must never die silently
-                self._error = error
-                self.say(f"WARNING: checkpoint {step} could not be written ({error}); earlier checkpoints are intact")
-
-        self._thread = threading.Thread(target=work, name="checkpoint")
-        self._thread.start()
-
-    def wait(self) -> Exception | None:
-        """Wait until the last save is over; what went wrong with it, or None."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        return error
-
-    def _retire(self) -> None:
-        for step in checkpoint_steps(self.run_dir)[: -self.keep]:
-            remove_directory(folder_of(self.run_dir, step))

@@ -15,7 +15,7 @@ from gpt.guard import require_finite
 from gpt.model import GPT, initialise
 from gpt.sharding import Shards
 from gpt.topology import Topology
-from gpt.whole import Arrays
+from gpt.whole import Pieces, Source
 
 PADDLE_DTYPE = {DType.fp32: "float32", DType.bf16: "bfloat16", DType.fp16: "float16"}
 
@@ -187,45 +187,40 @@ class Engine:
             return float(self.model.evaluate([_staged(batch, slice(None), 1.0) for batch in full]))
 
     def _answers_for(self) -> dict[str, paddle.Tensor]:
-        """Parameters that this rank gives to a checkpoint, with their slots."""
+        """Parameters of which this rank gives its slice to a checkpoint, with their slots; no other rank gives it."""
         if not self.topology.answers:
             return {}
-        return {name: p for name, p in self.owned.items() if not self.topology.is_tied_copy(name)}
+        return {name: p for name, p in self.owned.items() if exchange.counts(self.topology, name, p)}
 
-    def weights(self) -> Arrays:
-        """Copies on the host, on rank 0 (elsewhere nothing): parameters in float32. Every rank must call it."""
-        here = self._answers_for()
+    def state(self) -> tuple[Pieces, Pieces, dict[str, Any]]:
+        """What this rank gives to a checkpoint: parameters in float32, slots of the optimizer, and the small rest."""
+        here, shapes = self._answers_for(), whole.shapes(self.config)
         master = self.optimizer.state_dict().get("master_weights", {})
         values = {name: master.get(p.name, p) for name, p in here.items()}
-        return whole.gather(self.topology, self.config, values, here)
-
-    def state(self) -> tuple[Arrays, Arrays, dict[str, Any]]:
-        """``weights``, the optimizer's slots in the same way, and the small rest. Every rank must call it."""
-        here = self._answers_for()
         slots = optim.state_of(self.optimizer, self.owned)
-        slots = {key: value for key, value in slots.items() if key.rsplit(".", 1)[0] in here}
+        slots = {key: value for key, value in slots.items() if whole.parameter_of(key, shapes) in here}
         rest = {"loss_scale": asdict(self.loss_scale) if self.loss_scale else None}
-        return self.weights(), whole.gather(self.topology, self.config, slots, here), rest
+        model, optimizer = (whole.pieces(self.topology, arrays, here, shapes) for arrays in (values, slots))
+        return model, optimizer, rest
 
-    def load(self, model: Arrays, slots: Arrays | None, rest: dict[str, Any]) -> None:
-        """Take over a checkpoint; without ``slots`` the parameters only.
+    def load(self, model: Source, slots: Source | None, rest: dict[str, Any]) -> None:
+        """Take over this rank's slices of a checkpoint; without ``slots`` the parameters only.
 
         Raises:
             ValueError: names or shapes are not those of this model.
         """
         shapes = whole.shapes(self.config)
-        if set(model) != set(shapes):
-            odd = sorted(set(model) ^ set(shapes))
-            raise ValueError(f"the checkpoint is of another model: {odd[:5]}")
-        for name, shape in shapes.items():
-            if list(model[name].shape) != shape:
-                raise ValueError(f"{name} has shape {list(model[name].shape)} there and {shape} here")
-        own = {name: whole.part(self.topology, name, model[name], p) for name, p in self.resident.items()}
+        whole.require_same(model.shapes, shapes)
+        keep_master = slots is not None and self.keeps_master
+        master = {}
         for name, p in self.resident.items():
-            p.set_value(paddle.to_tensor(own[name]).astype(p.dtype))
+            value = whole.own_slice(self.topology, p, model, name)
+            p.set_value(paddle.to_tensor(value).astype(p.dtype))
+            if keep_master and name in self.owned:
+                master[name] = value
         if slots is not None:
-            owned = whole.parts(self.topology, slots, self.owned)
-            optim.restore(self.optimizer, self.owned, owned, own if self.keeps_master else {})
+            own = whole.own_slots(self.topology, self.owned, slots, shapes)
+            optim.restore(self.optimizer, self.owned, own, master)
         if self.loss_scale and rest.get("loss_scale"):
             self.loss_scale = optim.LossScale(**rest["loss_scale"])
 

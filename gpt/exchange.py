@@ -1,4 +1,4 @@
-"""What ranks give one another around a step: gradients, updated parameters, and whole arrays for a checkpoint."""
+"""What ranks give one another around a step: gradients and updated parameters."""
 
 from __future__ import annotations
 

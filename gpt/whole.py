@@ -1,23 +1,59 @@
-"""Whole arrays by logical name, from and to the slices of ranks: what makes checkpoints free of topology.
+"""Where the slices of ranks are in whole arrays: what makes checkpoints free of topology.
 
-A checkpoint holds what one process would hold. The word table has as many rows there as on one rank: what mp ranks
-pad beyond that takes no part in anything and is cut off and put on again.
+A checkpoint names and shapes arrays as one process has them. The word table has as many rows there as on one rank: what
+mp ranks pad beyond that takes no part in anything, so it is not saved, and zeros when loaded.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import paddle
-import paddle.distributed as dist
-from paddle import Tensor
 
 from gpt.config import Config, one_rank, padded_vocab
 from gpt.data.tokens import Array
 from gpt.topology import WORD, Topology, split_axis
 
+if TYPE_CHECKING:
+    from paddle import Tensor
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Indices ``start`` to ``stop`` along ``axis``, and everything along the other axes."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def box(self, shape: list[int]) -> list[tuple[int, int]]:
+        """First and last + 1 index along every axis of a whole array of ``shape``."""
+        return [(self.start, self.stop) if axis == self.axis else (0, size) for axis, size in enumerate(shape)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank gives to a checkpoint of one array: float32 on the host, that nobody changes."""
+
+    shape: list[int]  # of the whole
+    where: Slice
+    array: Array
+
+
+Pieces = dict[str, Piece]
 Arrays = dict[str, Array]
+
+
+class Source(Protocol):
+    """Arrays that can be read by slice."""
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the whole arrays, by name."""
+
+    def read(self, name: str, where: Slice) -> Array:
+        """A slice of one."""
 
 
 def shapes(config: Config) -> dict[str, list[int]]:
@@ -41,68 +77,80 @@ def shapes(config: Config) -> dict[str, list[int]]:
     return {WORD: table, "position.weight": [m.positions, H], **layers, **{f"norm.{k}": v for k, v in norm.items()}}
 
 
-def parameter_of(key: str, parameters: dict[str, Any]) -> str:
+def parameter_of(key: str, parameters: dict[str, list[int]]) -> str:
     """The parameter that an array is the value or a slot of."""
     return key if key in parameters else key.rsplit(".", 1)[0]
 
 
-def gather(topology: Topology, config: Config, values: dict[str, Tensor], parameters: dict[str, Tensor]) -> Arrays:
-    """Whole arrays on rank 0, nothing elsewhere; every rank must call it.
+def require_same(there: dict[str, list[int]], here: dict[str, list[int]]) -> None:
+    """Of a checkpoint and of a model.
+
+    Raises:
+        ValueError: they are not the same parameters, or not of the same shapes.
+    """
+    if set(there) != set(here):
+        raise ValueError(f"the checkpoint is of another model: {sorted(set(there) ^ set(here))[:5]}")
+    for name, shape in here.items():
+        if there[name] != shape:
+            raise ValueError(f"{name} has shape {there[name]} there and {shape} here")
+
+
+def place(topology: Topology, p: Tensor, shape: list[int]) -> Slice:
+    """Where this rank's slice ``p`` of a parameter is in the whole of ``shape``; rows that only pad are not in it.
+
+    Example: of 384 rows three ranks with 256 each have 0 to 256, 256 to 384, and 384 to 384.
+    """
+    axis = split_axis(p)
+    if axis is None:
+        return Slice(0, 0, shape[0])
+    first, size = topology.mp_rank * p.shape[axis], p.shape[axis]
+    return Slice(axis, min(first, shape[axis]), min(first + size, shape[axis]))
+
+
+def pieces(
+    topology: Topology, values: dict[str, Tensor], parameters: dict[str, Tensor], whole: dict[str, list[int]]
+) -> Pieces:
+    """Copies on the host of what this rank answers for.
 
     Args:
         topology: of this rank.
-        config: of the job.
-        values: of parameters or slots, by ``<parameter>`` or ``<parameter>.<slot>``, that this rank answers for.
-        parameters: by logical name.
+        values: of parameters or slots, by ``<parameter>`` or ``<parameter>.<slot>``.
+        parameters: that this rank answers for, by logical name.
+        whole: shapes of whole parameters.
     """
-    local: Arrays = {}
-    rows = padded_vocab(one_rank(config))
+    found: Pieces = {}
     for key, value in values.items():
-        p = parameters[parameter_of(key, parameters)]
-        whole = _joined(topology, value, split_axis(p) if list(value.shape) == list(p.shape) else None)
-        local[key] = whole[:rows] if parameter_of(key, parameters) == WORD and whole.ndim == 2 else whole
-    if topology.hcg is None:
-        return local
-    return _on_first_rank(topology, local if topology.mp_rank == 0 else {})
-
-
-def _joined(topology: Topology, value: Tensor, axis: int | None) -> Array:
-    """A copy on the host, of the whole if it is split along ``axis`` among the mp ranks."""
-    if axis is None:
-        return value.numpy()  # type: ignore[no-any-return]
-    parts: list[Tensor] = []
-    dist.all_gather(parts, value, group=topology.mp_group)
-    return np.concatenate([part.numpy() for part in parts], axis)
-
-
-def _on_first_rank(topology: Topology, local: Arrays) -> Arrays:
-    listings: list[dict[str, Any]] = []
-    dist.all_gather_object(listings, {key: list(array.shape) for key, array in local.items()})
-    found: Arrays = {}
-    for source, listing in enumerate(listings):
-        for key, shape in listing.items():
-            mine = source == topology.rank
-            tensor = paddle.to_tensor(local[key]) if mine else paddle.empty(shape, "float32")
-            dist.broadcast(tensor, src=source)
-            if topology.rank == 0:
-                found[key] = local[key] if mine else tensor.numpy()
+        name = parameter_of(key, whole)
+        p = parameters[name]
+        if list(value.shape) == list(p.shape):
+            where = place(topology, p, whole[name])
+            if where.start < where.stop:
+                array = value.astype("float32").numpy()
+                cut = [slice(None)] * where.axis + [slice(where.stop - where.start)]
+                found[key] = Piece(whole[name], where, np.ascontiguousarray(array[tuple(cut)]))
+        elif topology.mp_rank == 0:  # a power of beta, the same on all ranks
+            found[key] = Piece(list(value.shape), Slice(0, 0, value.shape[0]), value.astype("float32").numpy())
     return found
 
 
-def part(topology: Topology, name: str, whole: Array, p: Tensor) -> Array:
-    """This rank's slice of a checkpoint's array that has the shape of parameter ``name``."""
-    rows = topology.whole_shape(p)[0]
-    if name == WORD and len(whole) < rows:
-        whole = np.concatenate([whole, np.zeros((rows - len(whole), *whole.shape[1:]), whole.dtype)])
-    return topology.part(whole, p)
+def own_slice(topology: Topology, p: Tensor, source: Source, name: str) -> Array:
+    """This rank's slice of a parameter, or of a slot of its shape, with zeros where it only pads."""
+    where = place(topology, p, source.shapes[name])
+    array = source.read(name, where)
+    missing = p.shape[where.axis] - array.shape[where.axis]
+    if not missing:
+        return array
+    return np.pad(array, [(0, missing if axis == where.axis else 0) for axis in range(array.ndim)])
 
 
-def parts(topology: Topology, slots: Arrays, parameters: dict[str, Tensor]) -> Arrays:
-    """This rank's slices of the slots of its parameters."""
+def own_slots(topology: Topology, owned: dict[str, Tensor], source: Source, whole: dict[str, list[int]]) -> Arrays:
+    """This rank's slices of the slots of the parameters that it updates."""
     found = {}
-    for key, slot in slots.items():
-        name = key.rsplit(".", 1)[0]
-        if name in parameters:
-            like_it = slot.ndim == parameters[name].ndim and slot.size > 1
-            found[key] = part(topology, name, slot, parameters[name]) if like_it else slot
+    for key, shape in source.shapes.items():
+        name = parameter_of(key, whole)
+        if name in owned:
+            like_it = shape == whole[name]
+            found[key] = (
+                own_slice(topology, owned[name], source, key) if like_it else source.read(key, Slice(0, 0, shape[0]))
+            )
     return found

@@ -8,8 +8,8 @@ from typing import Any
 
 import paddle
 
-from gpt import checkpoint
-from gpt.config import Split, typed
+from gpt import checkpoint, saving
+from gpt.config import Split, typed, world_size
 from gpt.data.corpus import Prepared
 from gpt.data.samples import Samples
 from gpt.engine import Engine
@@ -70,17 +70,16 @@ def go_on(config: dict[str, Any], data: dict[str, Any], folder: str, first: int,
     topology = Topology.connect(job)
     engine = Engine(job, topology)
     if first > 1:
-        found = checkpoint.require(Path(folder), print)
+        found = checkpoint.require(Path(folder), print, topology)
         engine.load(found.model(), found.optimizer(), found.state)
     samples = Samples(job, Prepared.from_plain(data), Split.train)
     losses = [engine.step(n, samples).loss for n in range(first, last + 1)]
     model, slots, rest = engine.state()
-    if topology.rank == 0:
-        path = checkpoint.folder_of(Path(folder), last)
-        checkpoint.write(path, model, slots, {"step": last, "config": config, **rest}, None)
-    else:
-        assert not model
-        assert not slots
+    saver = saving.Saver(Path(folder), 9, print, topology.rank, world_size(job))
+    topology.totals(0.0)  # the first rank clears leftovers before another one begins
+    saver.submit(saving.Part(last, model, slots, {"step": last, "config": config, **rest}))
+    assert saver.wait() is None
+    topology.totals(0.0)
     return losses
 
 

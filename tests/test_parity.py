@@ -114,12 +114,20 @@ def test_the_chunked_head_is_the_whole_one(text: Path) -> None:
 
 
 def test_a_checkpoint_of_one_topology_goes_on_under_another(text: Path, tmp_path: Path) -> None:
-    expected = single(text, *NO_DROPOUT)["loss"]
+    base = (*NO_DROPOUT, "model.layers=8")
+    expected = single(text, *base)["loss"]
     got: list[float] = []
-    for parallel in ("dp2_mp2_pp2", "single", "sharding2_mp2_pp2", "single"):
-        config, data, ranks = job(text, *NO_DROPOUT, f"parallel={parallel}")
+    chain = (
+        ["dp2_mp2_pp2"],
+        ["sharding2_stage3"],
+        ["pp4", "parallel.virtual_pp_degree=2"],
+        ["single"],
+        ["mp2", BY_POSITION],
+    )
+    for parallel, *more in chain:
+        config, data, ranks = job(text, *base, f"parallel={parallel}", *more)
         first = len(got) + 1
-        each = harness.run("ranks:go_on", ranks, config, data, str(tmp_path), first, first + 4)
+        each = harness.run("ranks:go_on", ranks, config, data, str(tmp_path), first, first + 3)
         assert all(one == each[0] for one in each)
         got += each[0]
     assert got == pytest.approx(expected, rel=1e-5)

@@ -18,9 +18,9 @@ from gpt.topology import Topology
 def run(job: Job) -> int:
     """Print and write ``evaluation.json``; returns the exit code."""
     config, split = job.config, job.config.evaluate.split
-    found = checkpoint.require(job.run_dir, lambda line: say(f"WARNING: {line}"))
     samples = Samples(config, job.data, split, shuffled=False)
     topology = Topology.connect(config)
+    found = checkpoint.require(job.run_dir, lambda line: say(f"WARNING: {line}"), topology)
     engine = Engine(config, topology, train=False)
     engine.load(found.model(), None, {})
 

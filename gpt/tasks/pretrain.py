@@ -7,8 +7,8 @@ from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
 
-from gpt import checkpoint, guard, heartbeat, log, whole
-from gpt.config import Split, UserError, global_batch_size, one_rank, plain
+from gpt import checkpoint, guard, heartbeat, log, saving, whole
+from gpt.config import Split, UserError, global_batch_size, one_rank, plain, world_size
 from gpt.data.samples import Samples
 from gpt.engine import Engine
 from gpt.files import write_json
@@ -18,6 +18,8 @@ from gpt.meter import Meter, validation
 from gpt.runs import Job, truncate_metrics, versions
 from gpt.tasks.generate import sample_text
 from gpt.topology import Topology
+
+ALONE_BYTES = 4 << 30  # of float32 weights that one rank may read whole for the closing sample
 
 
 def run(job: Job, signals: Signals) -> int:
@@ -43,10 +45,10 @@ def run(job: Job, signals: Signals) -> int:
     except GuardError as error:
         say(f"STOPPED: {error}")
         outcome, code = "guard", guard.GUARD
-    if session.saver and session.saver.wait() and outcome == "done":
+    if session.saver.wait() and outcome == "done":
         outcome, code = "failed", guard.FAILED
-    if outcome in ("done", "failed"):
-        session.sample(show=outcome == "done")
+    if outcome == "done":
+        session.sample()
     session.close(outcome, code)
     return code
 
@@ -65,12 +67,12 @@ class Session:
         self.first_step = self.step
         self.stopped_by: Signal | None = None
         self.sinks: list[log.Sink] = []
-        self.saver: checkpoint.Saver | None = None
         if self.topology.rank == 0:
             truncate_metrics(job.run_dir, self.step)
             (job.run_dir / "result.json").unlink(missing_ok=True)
             self.jsonl, self.sinks = log.sinks(job)
-            self.saver = checkpoint.Saver(job.run_dir, config.trainer.keep_checkpoints, say)
+        keep = config.trainer.keep_checkpoints
+        self.saver = saving.Saver(job.run_dir, keep, say, self.topology.rank, world_size(config))
         self.meter = Meter(config)
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, float] = {}
@@ -116,39 +118,39 @@ class Session:
         return self.step == self.job.config.trainer.max_steps or (every > 0 and self.step % every == 0)
 
     def save(self) -> None:
-        """Copy the state and let it be written in the background."""
+        """Copy this rank's part of the state and let it be written in the background."""
         heartbeat.beat(self.step, "save")
         model, optimizer, rest = self.engine.state()
-        if self.saver is None:
-            return
-        self.jsonl.sync()
+        if self.topology.rank == 0:
+            self.jsonl.sync()
         tokenizer = Path(self.job.data.tokenizer) if self.job.data.tokenizer else None
-        self.saver.submit(self.step, model, optimizer, {**self._about(), **rest}, tokenizer)
+        self.saver.submit(saving.Part(self.step, model, optimizer, {**self._about(), **rest}, tokenizer))
 
     def save_unless_saved(self) -> None:
         """For an end that may come at any step."""
-        unsaved = False
-        if self.saver:
-            self.saver.wait()
-            unsaved = self.step > self.first_step and self.saver.saved_step != self.step
-        if self.topology.totals(float(unsaved))[0]:
+        self.saver.wait()
+        unsaved = self.step > self.first_step and self.saver.saved_step != self.step
+        if self.topology.totals(float(unsaved and self.topology.rank == 0))[0]:
             self.save()
 
-    def sample(self, *, show: bool) -> None:
-        """Continue the prompt on the first rank; a model that is shared out among ranks is put together for it.
-
-        Every rank must call it: what ``show`` is, only the first one knows.
-        """
+    def sample(self) -> None:
+        """Continue the prompt on the first rank; what is shared out among ranks it reads from the last checkpoint."""
         heartbeat.beat(self.step, "sample")
+        if self.topology.rank > 0:
+            return
         engine, parallel = self.engine, self.job.config.parallel
-        if parallel.mp_degree * parallel.pp_degree > 1:
-            weights = engine.weights()
-            if self.topology.rank == 0 and show:
-                alone = one_rank(self.job.config)
-                engine = Engine(alone, Topology(alone.parallel, self.topology.device), train=False)
-                engine.load(weights, None, {})
-        if self.topology.rank == 0 and show:
-            sample_text(self.job, engine, self.step)
+        if parallel.mp_degree * parallel.pp_degree > 1 or engine.shards.parameters_too:
+            size = self._parameters() * 4
+            if size > ALONE_BYTES:
+                say(
+                    f"no sample: the whole model has {size / 2**30:,.1f} GiB of weights; "
+                    "task=generate continues a prompt from the checkpoint"
+                )
+                return
+            alone = one_rank(self.job.config)
+            engine = Engine(alone, Topology(alone.parallel, self.topology.device), train=False)
+            engine.load(checkpoint.Checkpoint(checkpoint.folder_of(self.job.run_dir, self.step)).model(), None, {})
+        sample_text(self.job, engine, self.step)
 
     def close(self, outcome: str, code: int) -> None:
         """End the logs and write ``result.json``, last."""
@@ -159,11 +161,14 @@ class Session:
         result = {"status": outcome, "step": self.step, "tokens": self.step * self.meter.tokens_per_step}
         result["train/loss"] = self.last.get("train/loss")
         result |= self.last_validation
-        result["parameters"] = sum(math.prod(shape) for shape in whole.shapes(self.job.config).values())
+        result["parameters"] = self._parameters()
         if self.meter.seconds:
             result["tokens_per_second"] = self.meter.tokens_per_step / self.meter.typical_seconds()
             result["memory_peak_gib"] = self.last["memory_peak_gib"]
         write_json(self.job.run_dir / "result.json", result)
+
+    def _parameters(self) -> int:
+        return sum(math.prod(shape) for shape in whole.shapes(self.job.config).values())
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint says of itself besides arrays. Dropout and data order are functions of seed and step."""
@@ -185,7 +190,7 @@ def restore(job: Job, engine: Engine) -> int:
     Raises:
         UserError: the checkpoint is of another model or other data.
     """
-    found = checkpoint.newest(job.run_dir, lambda line: say(f"WARNING: {line}"))
+    found = checkpoint.newest(job.run_dir, lambda line: say(f"WARNING: {line}"), engine.topology)
     if found is None:
         return 0
     if found.state["data_fingerprint"] != job.data.fingerprint:
