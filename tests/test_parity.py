@@ -85,6 +85,12 @@ def test_virtual_stages_too(text: Path) -> None:
     assert got == pytest.approx(single(text, *overrides)["loss"], rel=1e-5)
 
 
+def test_how_deep_a_pipeline_is_changes_no_bit(text: Path) -> None:
+    # The same operations on the same numbers, in another process.
+    one, other = (losses(text, *NO_DROPOUT, f"parallel={parallel}") for parallel in ("pp2", "pp4"))
+    assert one["loss"] == other["loss"]
+
+
 def test_dropout_masks_of_data_parallel_are_those_of_one_process(text: Path) -> None:
     # A micro batch has the masks of its number in the global batch, whichever replica computes it.
     assert losses(text, "parallel=dp2")["loss"] == pytest.approx(single(text)["loss"], rel=1e-5)
