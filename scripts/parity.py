@@ -1,6 +1,7 @@
 """Train one small model under every preset and write how far the losses are from those of one process.
 
     python scripts/parity.py            # writes docs/parity.md; a few minutes on two cores
+    python scripts/parity.py --pairs    # a sentence in docs/parallel.md; a quarter of an hour
 
 Same seed, data and global batch, fp32, no dropout, clipping on; every preset runs as a user would run it.
 """
@@ -12,9 +13,15 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt import cli, support  # noqa: E402
+from gpt.files import replace_section  # noqa: E402
+
 JOB = [
     "model=tiny", "model.hidden=64", "model.layers=8", "model.positions=64", "trainer.global_batch_size=16",
     "trainer.micro_batch_size=2", "trainer.max_steps=20", "trainer.eval_every=20", "trainer.eval_batches=2",
@@ -22,6 +29,7 @@ JOB = [
     "optimizer.lr=1e-3", "cluster.device=cpu", "cluster.threads=1", "generate.max_new_tokens=1",
 ]  # fmt: skip
 BY_POSITION = "parallel.sequence_parallel=true"
+PAIRS = ["model.layers=12", "trainer.global_batch_size=24", "trainer.micro_batch_size=1", "trainer.max_steps=5"]
 LAYOUTS = [
     ["single"], ["dp2"], ["mp2"], ["mp2", BY_POSITION], ["pp2"], ["pp4"], ["pp4", "parallel.virtual_pp_degree=2"],
     ["sharding2"], ["sharding2_stage2"], ["sharding2_stage3"], ["sharding2_stage3", "model.recompute=full"],
@@ -47,29 +55,65 @@ def distance(key: str, one: list[Record], other: list[Record]) -> float:
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
-def main() -> None:
-    """Run all presets, write the table; exit code 1 if one is not equal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "parity.md")
-    arguments = parser.parse_args()
-    rows, worst = [], 0.0
+def pairs() -> Iterator[list[str]]:
+    """One process, and every two ways that docs/parallel.md says go together."""
+    base = cli.job([*JOB, *PAIRS])
+    yield ["parallel=single"]
+    names = list(support.WAYS)
+    for i, row in enumerate(names):
+        for column in names[: i + 1]:
+            if support.together(base, row, column) == []:
+                wanted = {**support.WAYS[row], **support.WAYS[column]}
+                recompute = wanted.pop("recompute", None)
+                chosen = [f"parallel.{key}={value}" for key, value in wanted.items()]
+                yield ["parallel=single", *chosen, *([f"model.recompute={recompute.value}"] if recompute else [])]
+
+
+def compare(layouts: Iterable[list[str]], common: list[str]) -> Iterator[tuple[str, list[Record], list[float]]]:
+    """Of each layout its name, its records, and how far loss, norm and validation loss are from the first's."""
     expected: list[Record] = []
-    known: dict[tuple[float, ...], str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, (preset, *more) in enumerate(LAYOUTS):
-            records = train([f"parallel={preset}", *more], Path(folder) / str(number))
+        for number, layout in enumerate(layouts):
+            records = train([*common, *layout], Path(folder) / str(number))
             expected = expected or records
-            figures = [distance(key, expected, records) for key in ("train/loss", "grad_norm", "val/loss")]
-            last = f"{records[-1]['train/loss']:.6f}"
-            name = " ".join([preset, *(override.removeprefix("parallel.") for override in more)])
-            losses = tuple(record["train/loss"] for record in records)
-            same = known.setdefault(losses, name)
-            figures_shown = " | ".join(f"{figure:.1e}" for figure in figures)
-            rows.append(f"| {name} | {last} | {figures_shown} | {same if same != name else ''} |")
-            print(rows[-1], flush=True)
-            worst = max(worst, figures[0], figures[2])
-            arguments.output.write_text("\n".join([*HEAD, *rows, ""]), encoding="utf-8")
-    sys.exit(worst > 1e-5)
+            name = " ".join(word.removeprefix("parallel=").removeprefix("parallel.") for word in layout)
+            yield name, records, [distance(key, expected, records) for key in ("train/loss", "grad_norm", "val/loss")]
+
+
+def write_presets() -> float:
+    """docs/parity.md; returns the largest difference of a loss."""
+    rows, worst = [], 0.0
+    known: dict[tuple[float, ...], str] = {}
+    for name, records, figures in compare([[f"parallel={preset}", *more] for preset, *more in LAYOUTS], []):
+        same = known.setdefault(tuple(record["train/loss"] for record in records), name)
+        shown = " | ".join(f"{figure:.1e}" for figure in figures)
+        last = f"{records[-1]['train/loss']:.6f}"
+        rows.append(f"| {name} | {last} | {shown} | {same if same != name else ''} |")
+        print(rows[-1], flush=True)
+        worst = max(worst, figures[0], figures[2])
+        (ROOT / "docs" / "parity.md").write_text("\n".join([*HEAD, *rows, ""]), encoding="utf-8")
+    return worst
+
+
+def write_pairs() -> float:
+    """A sentence in docs/parallel.md; returns the largest difference of a loss."""
+    worst, count = 0.0, 0
+    for name, _, figures in compare(pairs(), PAIRS):
+        print(name, *(f"{figure:.1e}" for figure in figures), flush=True)
+        worst, count = max(worst, figures[0], figures[2]), count + 1
+    text = (
+        f"All {count - 1} combinations that the table says go together were run for five steps on CPU ranks (`python "
+        f"scripts/parity.py --pairs`): the largest relative difference of a loss from one process is {worst:.1e}."
+    )
+    replace_section(ROOT / "docs" / "parallel.md", "pairs", text)
+    return worst
+
+
+def main() -> None:
+    """Run, write; exit code 1 if a layout is not equal to one process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", action="store_true", help="every two ways together instead of the presets")
+    sys.exit((write_pairs() if parser.parse_args().pairs else write_presets()) > 1e-5)
 
 
 HEAD = [
