@@ -13,7 +13,15 @@ from conftest import ROOT
 FLOORS = [
     {"gpt", "gpt.config", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.rules", "gpt.plan"},
-    {"gpt.data", "gpt.data.tokens", "gpt.data.tokenizer", "gpt.data.order", "gpt.data.corpus", "gpt.data.samples"},
+    {
+        "gpt.data",
+        "gpt.data.megatron",
+        "gpt.data.tokens",
+        "gpt.data.tokenizer",
+        "gpt.data.order",
+        "gpt.data.corpus",
+        "gpt.data.samples",
+    },
     {"gpt.kernels", "gpt.sockets"},
     {"gpt.kernels_large"},
     {"gpt.ops", "gpt.gloo", "gpt.tensor_parallel"},
