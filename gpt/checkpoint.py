@@ -4,7 +4,7 @@
         model.safetensors        parameters by logical name, always float32 (the master weights where there are any)
         optimizer.safetensors    <parameter>.<slot>
         state.json               step, tokens, scaler, configuration, data, versions
-        tokenizer.json           if the data has one
+        tokenizer.json           if the data has one; or tokenizer.model
         manifest.json            size and SHA-256 of each file above
 
 A folder is written under a temporary name, flushed, and renamed; so one that has its name is complete, and one
@@ -49,8 +49,7 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Path | None:
         """The tokenizer that the model was trained with."""
-        path = self.path / "tokenizer.json"
-        return path if path.exists() else None
+        return next(iter(self.path.glob("tokenizer.*")), None)
 
 
 def _read(path: Path) -> Arrays:
@@ -134,7 +133,7 @@ def write(path: Path, model: Arrays, optimizer: Arrays, state: dict[str, Any], t
         save_file(optimizer, fresh / "optimizer.safetensors", metadata)
         (fresh / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         if tokenizer:
-            shutil.copyfile(tokenizer, fresh / "tokenizer.json")
+            shutil.copyfile(tokenizer, fresh / f"tokenizer{tokenizer.suffix}")
         files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(fresh.iterdir())}
         manifest = {"format": FORMAT, "step": state["step"], "files": files}
         (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Turn token files of one format into the other: published ``_ids.npy``, ``_idx.npz`` and Megatron's ``.bin``, ``.idx``.
+"""Turn token files of one format into the other: published ``_ids.npy``, ``_idx.npz``, Megatron's ``.bin``, ``.idx``.
 
     python scripts/convert_tokens.py corpus_text_document converted/corpus
     python scripts/convert_tokens.py converted/corpus back/corpus_text_document

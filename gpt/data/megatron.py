@@ -1,6 +1,6 @@
 """Token files in Megatron's format, memory-mapped: ``{prefix}.bin`` and ``{prefix}.idx``.
 
-``.bin`` is all token numbers in a row, without a header. ``.idx``, little-endian: ``MMIDIDX\\0\\0``, version (uint64, 1),
+``.bin`` is all token numbers in a row, no header. ``.idx``, little-endian: ``MMIDIDX``, two zeros, version 1 (uint64),
 element type (uint8), sequences S and boundaries D = documents + 1 (uint64 each); then S lengths (int32), S byte
 offsets into ``.bin`` (int64), D numbers of sequences before each document (int64), and in files for several modes S
 bytes more, which say nothing about tokens.
