@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class PurePython:
             return self.cache[word]
         parts = [self.letter[b] for b in word.encode("utf-8")]
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self.rank.get(pair, 1 << 60))
+            best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, 1 << 60))
             if best not in self.rank:
                 break
             merged, i = [], 0

@@ -63,7 +63,7 @@ def figures(token_set: TokenSet, lengths: Array, encoder: Encoder | None) -> lis
         f"documents   {token_set.documents:>15,}   ({int((lengths == 0).sum()):,} empty)",
         f"vocabulary  {len(share):>15,} different tokens, the largest {len(total) - 1:,}",
         f"entropy     {entropy:>15.3f} nats a token: the loss of knowing only how often each token occurs",
-        "length      " + "  ".join(f"{name} {value:,.0f}" for name, value in at.items()) + f"  mean {lengths.mean():,.1f}",
+        f"length      {'  '.join(f'{name} {value:,.0f}' for name, value in at.items())}  mean {lengths.mean():,.1f}",
         "most often  " + ", ".join(f"{shown(int(t), encoder)} {total[t] / total.sum():.1%}" for t in most if total[t]),
     ]  # fmt: skip
     if encoder is not None:
