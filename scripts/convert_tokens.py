@@ -3,13 +3,14 @@
     python scripts/convert_tokens.py corpus_text_document converted/corpus
     python scripts/convert_tokens.py converted/corpus back/corpus_text_document
 
-Tokens, sentences and documents stay what they are; training reads either format, so only other programs need this.
+Tokens, sentences and documents stay what they are, and a tokenizer beside the set comes along; training reads either format, so only other programs need this.
 Token numbers are written as uint16 if they fit, else as int32, which both formats hold.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from gpt.config import UserError  # noqa: E402
 from gpt.data import megatron, tokens  # noqa: E402
+
+COMPANIONS = ("_manifest.json", "_tokenizer.json", "_tokenizer.model")  # what goes with a prepared set
 
 
 def convert(source: str, out: str) -> str:
@@ -42,6 +45,10 @@ def convert(source: str, out: str) -> str:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     paths = write(out, ids, lens, docs, np.uint16 if largest < 1 << 16 else np.int32)
+    bare = str(tokens.paths_of(source)[0]).removesuffix("_ids.npy").removesuffix(".bin")
+    for ending in COMPANIONS:
+        if Path(f"{bare}{ending}").is_file() and Path(bare).resolve() != Path(out).resolve():
+            shutil.copyfile(f"{bare}{ending}", f"{out}{ending}")
     size = sum(path.stat().st_size for path in paths) / 1e6
     return (
         f"{paths[0]} and {paths[1]}: {len(ids):,} tokens, {len(docs) - 1:,} documents, {size:.1f} MB "

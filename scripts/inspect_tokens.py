@@ -118,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", help="prefix of the set, one of its files, or a folder with one set")
-    parser.add_argument("--tokenizer", help="tokenizer.json, .model, a folder with one, or gpt2")
+    parser.add_argument(
+        "--tokenizer", help="tokenizer.json, .model, a folder with one, or gpt2; else the one beside the set"
+    )
     parser.add_argument("--document", type=int, action="append", default=[], help="number of a document to show")
     parser.add_argument("--samples", type=int, default=2, help="documents to show, spread over the set (default 2)")
     parser.add_argument("--tokens", type=int, default=100, help="of a document to show (default 100)")
@@ -130,8 +132,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{options.set}: {len(prefixes)} sets in this folder; name one: {' '.join(prefixes)}")
         token_set = tokens.load(prefixes[0])
         encoder = None
-        if options.tokenizer:
-            encoder = tokenizer.open_encoder(vocabularies.find(options.tokenizer, cache_dir()))
+        bare = prefixes[0].removesuffix(".bin").removesuffix(".idx")
+        beside = [p for end in ("json", "model") if (p := Path(f"{bare}_tokenizer.{end}")).is_file()]
+        name = options.tokenizer or next(map(str, beside), None)
+        if name:
+            encoder = tokenizer.open_encoder(vocabularies.find(name, cache_dir()))
         lengths = np.diff(token_set.document_ends, prepend=0)
         print("\n".join(figures(token_set, lengths, encoder)))
         spread = np.linspace(0, token_set.documents - 1, max(0, options.samples), dtype=int).tolist()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt.data import megatron, tokenizer, tokens
-from scripts import inspect_tokens
+from scripts import convert_tokens, inspect_tokens
 
 
 @pytest.fixture
@@ -55,6 +55,16 @@ def test_another_datas_tokenizer_is_noticed(corpus: tuple[Path, Path], capsys: p
     tokens.write(str(folder / "c"), np.array([60000]), np.array([1]), np.arange(2), np.uint16)
     assert inspect_tokens.main([str(folder / "c"), "--tokenizer", str(vocabulary)]) == 0
     assert "WARNING     token 60000 is beyond this tokenizer" in capsys.readouterr().out
+
+
+def test_the_tokenizer_beside_a_set_is_used_and_comes_along(
+    corpus: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, vocabulary = corpus
+    vocabulary.rename(folder / "a_tokenizer.json")
+    assert convert_tokens.main([str(folder / "a"), str(folder / "other" / "c")]) == 0
+    assert inspect_tokens.main([str(folder / "other"), "--document", "2"]) == 0
+    assert "red fish<|endoftext|>" in capsys.readouterr().out
 
 
 def test_what_is_not_there_is_said(corpus: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
