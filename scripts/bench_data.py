@@ -239,6 +239,7 @@ def main() -> int:
     if options.worker:
         worker(options.worker, Path(options.path), options.megabytes, int(options.core))
         return 0
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as cache:
         encoding = encoding_table(vocabularies.find("gpt2", Path(cache)), options.megabytes, options.rounds)
     index = index_table(1_000_000, 300, 1_000_000)
@@ -252,7 +253,8 @@ def main() -> int:
             "",
             f"Standard library sources, {options.megabytes:g} MB for each process, GPT-2's vocabulary, medians of "
             f"{options.rounds} rounds in which the variants take",
-            "turns; all give the same number of tokens. A process's peak includes its text and its tokenizer.",
+            "turns; all give the same number of tokens. A process's peak includes its text and its tokenizer. Other",
+            f"work kept {load:.1f} of the {os.cpu_count()} cores busy when it began.",
             "",
             *encoding,
             "",

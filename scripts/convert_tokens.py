@@ -3,7 +3,8 @@
     python scripts/convert_tokens.py corpus_text_document converted/corpus
     python scripts/convert_tokens.py converted/corpus back/corpus_text_document
 
-Tokens, sentences and documents stay what they are, and a tokenizer beside the set comes along; training reads either format, so only other programs need this.
+Tokens, sentences and documents stay what they are, and a tokenizer beside the set comes along. Training reads either
+format, so only other programs need this.
 Token numbers are written as uint16 if they fit, else as int32, which both formats hold.
 """
 
