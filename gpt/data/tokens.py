@@ -58,7 +58,7 @@ def paths_of(prefix: str) -> tuple[Path, Path]:
 
 
 def prefixes_at(path: str) -> list[str]:
-    """Prefixes that ``path`` may mean: itself, or every set of a folder.
+    """Prefixes that ``path`` may mean: itself, or every set of a folder but the ``_val`` sets of others.
 
     Example:
         >>> prefixes_at("/nowhere/corpus")
@@ -66,7 +66,8 @@ def prefixes_at(path: str) -> list[str]:
     """
     folder = Path(path)
     if folder.is_dir():
-        return sorted(str(p)[: -len("_idx.npz")] for p in folder.glob("*_idx.npz"))
+        found = {str(p)[: -len("_idx.npz")] for p in folder.glob("*_idx.npz")}
+        return sorted(p for p in found if p.removesuffix("_val") == p or p.removesuffix("_val") not in found)
     for ending in ("_ids.npy", "_idx.npz"):
         path = path.removesuffix(ending)
     return [path]
