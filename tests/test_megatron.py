@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.config import Split, UserError
-from gpt.data import corpus, megatron, tokens
+from gpt.data import corpus, megatron, tokenizer, tokens
 from gpt.data.samples import Samples
 from scripts import convert_tokens
 
@@ -95,6 +95,15 @@ def test_both_formats_give_the_same_samples_and_the_same_identity(tmp_path: Path
     assert prepared[0].fingerprint == prepared[1].fingerprint
     batches = [Samples(c, p, Split.train).batch(0, 32) for c, p in zip((one, other), prepared, strict=True)]
     assert (batches[0].inputs_BT == batches[1].inputs_BT).all()
+
+
+def test_end_of_text_is_what_the_tokenizer_says(tmp_path: Path) -> None:
+    tokenizer.train(["one fish two fish " * 9], 300, tmp_path / "tokenizer.json")
+    by_hand(tmp_path / "a", [[5, 6, 7, 0] * 20] * 40, list(range(41)), 8, "H")
+    overrides = [*SMALL, "data=tokens", f"data.path={tmp_path}/a"]
+    assert corpus.prepare(configured(overrides)).eot_id is None
+    named = configured([*overrides, f"data.tokenizer={tmp_path}/tokenizer.json"])
+    assert corpus.prepare(named).eot_id == 0
 
 
 def test_any_way_of_naming_a_set_finds_it(tmp_path: Path) -> None:

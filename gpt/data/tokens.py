@@ -65,6 +65,13 @@ class TokenSet:
         return largest
 
 
+def bare(prefix: str) -> str:
+    """A prefix without the ending of one of the files."""
+    for ending in ("_ids.npy", "_idx.npz", ".bin", ".idx"):
+        prefix = prefix.removesuffix(ending)
+    return prefix
+
+
 def paths_of(prefix: str) -> tuple[Path, Path]:
     """The two files of a set: token numbers and index.
 
@@ -76,11 +83,9 @@ def paths_of(prefix: str) -> tuple[Path, Path]:
         >>> [path.name for path in paths_of("/nowhere/corpus.idx")]
         ['corpus.bin', 'corpus.idx']
     """
-    bare = prefix
-    for ending in ("_ids.npy", "_idx.npz", ".bin", ".idx"):
-        bare = bare.removesuffix(ending)
-    published = Path(f"{bare}_ids.npy"), Path(f"{bare}_idx.npz")
-    megatron_pair = Path(f"{bare}.bin"), Path(f"{bare}.idx")
+    name = bare(prefix)
+    published = Path(f"{name}_ids.npy"), Path(f"{name}_idx.npz")
+    megatron_pair = Path(f"{name}.bin"), Path(f"{name}.idx")
     if prefix.endswith((".bin", ".idx")):
         return megatron_pair
     if any(map(Path.exists, megatron_pair)) and not any(map(Path.exists, published)):
@@ -89,7 +94,7 @@ def paths_of(prefix: str) -> tuple[Path, Path]:
 
 
 def prefixes_at(path: str) -> list[str]:
-    """Prefixes that ``path`` may mean: itself, or every set of a folder, whichever its format.
+    """Prefixes that ``path`` may mean: itself, or all sets of a folder but the ``_val`` sets of others.
 
     Example:
         >>> prefixes_at("/nowhere/corpus")
@@ -100,8 +105,9 @@ def prefixes_at(path: str) -> list[str]:
         for ending in ("_ids.npy", "_idx.npz"):
             path = path.removesuffix(ending)
         return [path]
-    published = {str(p).removesuffix("_idx.npz") for p in folder.glob("*_idx.npz")}
-    return sorted(published | {str(p).removesuffix(".idx") for p in folder.glob("*.idx")})
+    found = {str(p).removesuffix("_idx.npz") for p in folder.glob("*_idx.npz")}
+    found |= {str(p).removesuffix(".idx") for p in folder.glob("*.idx")}
+    return sorted(p for p in found if p.removesuffix("_val") == p or p.removesuffix("_val") not in found)
 
 
 def read(prefix: str) -> tuple[Array, Array, Array]:

@@ -56,7 +56,8 @@ def continuations(job: Job, engine: Engine, vocabulary: Path) -> list[str]:
     """Texts that follow the prompt, up to end-of-text or ``generate.max_new_tokens`` tokens."""
     encoder = tokenizer.open_encoder(vocabulary)
     settings = job.config.generate
-    rows = generate(engine.model, encoder.encode(settings.prompt).tolist(), settings, job.config.seed, encoder.eot)
+    prompt = encoder.encode(settings.prompt).tolist()
+    rows = generate(engine.model, prompt, settings, job.config.seed, encoder.eot)
     return [encoder.decode(row) for row in rows]
 
 
