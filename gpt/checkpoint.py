@@ -5,7 +5,7 @@
         optimizer.safetensors    <parameter>.<slot>
         index.json               of every array the whole shape, and which slices are in which file
         state.json               step, tokens, loss scale, configuration, data, versions
-        tokenizer.json           if the data has one
+        tokenizer.json           if the data has one; or tokenizer.model
         manifest.json            size and SHA-256 of each file above
 
 Of several ranks each writes the slices that it answers for: ``model-00003-of-00008.safetensors`` is rank 3's, and ranks
@@ -62,8 +62,7 @@ class Checkpoint:
     @property
     def tokenizer(self) -> Path | None:
         """The tokenizer that the model was trained with."""
-        path = self.path / "tokenizer.json"
-        return path if path.exists() else None
+        return next(iter(self.path.glob("tokenizer.*")), None)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

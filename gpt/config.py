@@ -36,6 +36,26 @@ class Task(Enum):
     evaluate = "evaluate"
     generate = "generate"
     plan = "plan"
+    prepare = "prepare"
+
+
+class TextFormat(Enum):
+    """What a file of raw text is; auto: its ending says."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class DocumentRule(Enum):
+    """Where a document of plain text ends."""
+
+    file = "file"
+    line = "line"
+    blank_line = "blank_line"
+    literal = "literal"  # at prepare.separator, wherever it stands
+    regex = "regex"  # at a line in which prepare.separator matches
 
 
 class Recompute(Enum):
@@ -237,6 +257,29 @@ class Generate:
 
 
 @dataclass
+class Prepare:
+    """Of ``task=prepare``: raw text to token files."""
+
+    input: Any = None  # a file, a folder, a glob, - for standard input, or a list of such
+    output: str | None = None  # prefix of the files that are made
+    tokenizer: str | None = None  # a tokenizer file; None: train a byte-level BPE of ``vocab`` tokens on the text
+    vocab: int = MISSING
+    format: TextFormat = MISSING
+    json_key: str = MISSING  # also the column of a parquet file
+    document: DocumentRule = MISSING
+    separator: str | None = None
+    append_eot: bool = MISSING
+    sentences: bool = MISSING  # ``lens`` has one entry per line instead of one per document
+    min_length: int = MISSING  # characters; shorter documents are left out
+    shuffle: bool = MISSING  # documents in an order that ``seed`` decides
+    dedup: bool = MISSING  # of identical documents only the first stays
+    val_share: float = MISSING  # of the documents, chosen by a hash of their text, into a set of their own
+    limit: int | None = None  # documents to read, for trying
+    max_bad: float = MISSING  # share of records that may be unreadable
+    workers: int | None = None  # None: one per core
+
+
+@dataclass
 class Wandb:
     """Weights & Biases."""
 
@@ -282,6 +325,7 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
+    prepare: Prepare = field(default_factory=Prepare)
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,6 +14,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
+from gpt.data.prepare.build import Tally
+
+SECONDS_BETWEEN_LINES = 10.0
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -94,6 +98,37 @@ class Console:
         )
         with Progress(*columns, console=self._rich, transient=False, expand=True) as bar:
             yield _Live(bar, bar.add_task("train", total=steps, figures="starting"))
+
+    @contextmanager
+    def measure(self) -> Iterator[Callable[[Tally], None]]:
+        """While text is prepared; yields what is to be told the tally: a bar, or in a pipe a line every ten seconds."""
+        began = said = time.monotonic()
+        if not self._rich.is_terminal:
+
+            def line(tally: Tally) -> None:
+                nonlocal said
+                if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    self.note(f"{tally.progress / 1e6:,.0f} of {tally.total / 1e6:,.0f} MB  {_pace(tally, began)}")
+
+            yield line
+            return
+        columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=None), TextColumn("{task.fields[pace]}"))
+        with Progress(*columns, console=self._rich, expand=True) as bar:
+            task = bar.add_task("prepare", total=None, pace="starting")
+            yield lambda tally: bar.update(
+                task, total=tally.total or None, completed=tally.progress, pace=_pace(tally, began)
+            )
+
+
+def _pace(tally: Tally, began: float) -> str:
+    """Speed of what this start did, and how long the rest takes at it."""
+    seconds = max(time.monotonic() - began, 1e-9)
+    rate = (tally.text - tally.reused) / seconds
+    here = tally.progress * (1 - tally.reused / max(tally.text, 1))
+    left = (tally.total - tally.progress) * seconds / here if here > 0 and tally.total else None
+    eta = f"  eta {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}" if left is not None else ""
+    return f"{rate / 1e6:.1f} MB/s  {tally.documents:,} documents{eta}"
 
 
 class _Plain:

@@ -14,6 +14,7 @@ from gpt import heartbeat, plan, runs
 from gpt.config import Config, Device, Split, Task, UserError, one_rank, world_size
 from gpt.console import Console
 from gpt.data import corpus
+from gpt.data.prepare import build
 from gpt.data.samples import Samples
 from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
@@ -42,6 +43,10 @@ def gate(config: Config, run_dir: Path) -> None:
     """
     if config.task is Task.plan:
         return
+    if config.task is Task.prepare:
+        if problems := build.check(config):
+            raise UserError.of(problems)
+        return
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.local_size if role.starter else ranks)
@@ -66,6 +71,9 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
     if config.task is Task.plan:
         show_plan(config, console)
         return None
+    if config.task is Task.prepare:
+        _prepare(config, console)
+        return None
     config.cluster.device = host.resolve_device(config)
     if config.task is not Task.pretrain:
         _on_trained_run(config, run_dir, overrides, console)
@@ -82,6 +90,31 @@ def show_plan(config: Config, console: Console) -> None:
     rows.append(("learning rate", rates))
     rows.append(("", console.curve([lr_at(1 + i * (last - 1) // 59, peak, schedule) for i in range(60)])))
     console.table(f"plan: {config.model.name}", rows)
+
+
+def _prepare(config: Config, console: Console) -> None:
+    """Token files from raw text.
+
+    Raises:
+        JobFailed: too much of the text is unreadable.
+    """
+    try:
+        with console.measure() as show:
+            manifest = build.prepare(config, console.note, show, host.cores())
+    except build.Rejected as error:
+        raise JobFailed(f"FAILED: {error}", FAILED) from error
+    except KeyboardInterrupt:
+        console.note("the same command goes on with what is done")
+        raise
+    prefix = shlex.quote(str(config.prepare.output))
+    skipped = ", ".join(f"{count:,} {what}" for what, count in manifest["skipped"].items() if count)
+    rows = [(key, f"{manifest[key]:,}") for key in ("documents", "tokens", "bytes", "duplicates")]
+    rows += [("bytes per token", f"{manifest['bytes_per_token']:.3f}"), ("skipped", skipped or "nothing")]
+    rows.append(("files", f"{config.prepare.output}_ids.npy, _idx.npz, _tokenizer.json, _manifest.json"))
+    console.table("prepared", rows)
+    vocab = manifest["tokenizer"]["vocab"]
+    fit = "" if vocab <= config.model.vocab else f" model.vocab={vocab}"
+    console.next_commands([(f"python -m gpt.main data=tokens data.path={prefix}{fit}", "train on it")])
 
 
 def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:

@@ -52,6 +52,27 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
+def atomic_files(*paths: Path) -> Iterator[list[Path]]:
+    """Yield a name beside each path to write to; on success all are flushed and renamed, in order.
+
+    An exception (a full disk, Ctrl-C) leaves nothing behind and what was there untouched.
+    """
+    temporary = [path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}") for path in paths]
+    try:
+        yield temporary
+        for name in temporary:
+            with open(name, "rb") as handle:
+                os.fsync(handle.fileno())
+        for name, path in zip(temporary, paths, strict=True):
+            os.replace(name, path)
+        for folder in {path.parent for path in paths}:
+            sync_directory(folder)
+    finally:
+        for name in temporary:
+            name.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success its files are flushed and it takes that name.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gpt import config as schema
-from gpt.config import Config, DataKind, Recompute, global_batch_size, micro_batch_size, replicas
+from gpt.config import (
+    Config,
+    DataKind,
+    DocumentRule,
+    Recompute,
+    Task,
+    global_batch_size,
+    micro_batch_size,
+    replicas,
+)
 
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
@@ -85,7 +95,7 @@ def unknown_keys(plain: dict[Any, Any]) -> list[str]:
 
 def _required_groups() -> list[str]:
     groups = (f.name for f in dataclasses.fields(Config))
-    return [g for g in groups if g not in ("seed", "tags", "notes", "evaluate", "generate")]
+    return [g for g in groups if g not in ("seed", "tags", "notes", "evaluate", "generate", "prepare")]
 
 
 def group_problems(choices: dict[str, Any]) -> list[str]:
@@ -102,6 +112,7 @@ def rule_problems(config: Config) -> list[str]:
         *_parallel(config),
         *_batch(config),
         *_data(config),
+        *(_prepare(config) if config.task is Task.prepare else ()),
     ]
 
 
@@ -119,6 +130,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
         "generate.max_new_tokens": 1, "generate.temperature": 0, "generate.top_k": 0,
         "generate.num_samples": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
+        "prepare.min_length": 1, "prepare.limit": 1, "prepare.workers": 1,
     }  # fmt: skip
     for key, low in at_least.items():
         value = _get(config, key)
@@ -236,6 +248,29 @@ def _data(config: Config) -> Iterator[str]:
             yield f"data.blend: {part.path} has weight {part.weight}, which must be more than 0"
     if data.eot_id is not None and not 0 <= data.eot_id < config.model.vocab:
         yield f"data.eot_id={data.eot_id} is outside the vocabulary of model.vocab={config.model.vocab} tokens"
+
+
+def _prepare(config: Config) -> Iterator[str]:
+    prepare = config.prepare
+    if not prepare.output:
+        yield "prepare.output has no value: give the prefix of the files to make with prepare.output=..."
+    if prepare.tokenizer is None and prepare.vocab <= BYTE_ALPHABET:
+        yield f"prepare.vocab={prepare.vocab}: a byte-level BPE needs at least {BYTE_ALPHABET + 1} tokens"
+    if prepare.tokenizer is None and prepare.input == "-":
+        yield (
+            "prepare.input=- needs prepare.tokenizer=...: training one reads the text before it is encoded, "
+            "and standard input comes only once"
+        )
+    for key in ("val_share", "max_bad"):
+        if not 0 <= getattr(prepare, key) < 1:
+            yield f"prepare.{key}={getattr(prepare, key)}: a share from 0 up to but not including 1"
+    if (prepare.document in (DocumentRule.literal, DocumentRule.regex)) != bool(prepare.separator):
+        yield f"prepare.document={prepare.document.value}: prepare.separator goes with literal and regex only"
+    elif prepare.document is DocumentRule.regex:
+        try:
+            re.compile(str(prepare.separator))
+        except re.error as error:
+            yield f"prepare.separator={prepare.separator}: not a regular expression ({error})"
 
 
 def _nearest_divisor(of: int, near: int) -> int:

@@ -170,8 +170,9 @@ def _complete(folder: Path, part: Part, reports: list[dict[str, Any]]) -> None:
         (folder / name).write_text(json.dumps(value, indent=1 if name == "state.json" else None), encoding="utf-8")
         files[name] = None
     if part.tokenizer:
-        shutil.copyfile(part.tokenizer, folder / "tokenizer.json")
-        files["tokenizer.json"] = None
+        name = f"tokenizer{part.tokenizer.suffix}"
+        shutil.copyfile(part.tokenizer, folder / name)
+        files[name] = None
     facts = {name: known or dataclasses.asdict(_flushed(folder / name)) for name, known in sorted(files.items())}
     manifest = {"format": FORMAT, "step": part.step, "files": facts}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")

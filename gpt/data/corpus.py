@@ -63,6 +63,25 @@ class Prepared:
         return asdict(self)
 
 
+def manifest_path(prefix: str) -> Path:
+    """What ``task=prepare`` says of a set that it made."""
+    return Path(f"{tokens.bare(prefix)}_manifest.json")
+
+
+def tokenizer_path(prefix: str) -> Path:
+    """The tokenizer that it put beside the set: a ``tokenizer.json``, or a SentencePiece model."""
+    model = Path(f"{tokens.bare(prefix)}_tokenizer.model")
+    return model if model.is_file() else model.with_suffix(".json")
+
+
+def _manifests(parts: list[Part]) -> list[dict[str, Any]]:
+    """Those of all parts, or none: a set that came without its text says nothing."""
+    try:
+        return [json.loads(manifest_path(part.path).read_text(encoding="utf-8")) for part in parts]
+    except FileNotFoundError:
+        return []
+
+
 def check(config: Config) -> list[str]:
     """Problems with the files that the data section names; nothing is written."""
     data = config.data
@@ -88,7 +107,12 @@ def check(config: Config) -> list[str]:
                     f"{part.path}: token id {largest} is beyond model.vocab={config.model.vocab}: "
                     f"set model.vocab={largest + 1} or more, or choose the data that goes with the model"
                 )
-    return problems or ([] if _token_parts(data) else [f"data.path={data.path}: no *_idx.npz in this folder"])
+    digests = {m["tokenizer"]["digest"] for m in _manifests(_token_parts(data))}
+    if digests and data.tokenizer and Path(data.tokenizer).is_file():
+        digests.add(tokenizer.digest(Path(data.tokenizer)))
+    if len(digests) > 1:
+        problems.append("the sets (or data.tokenizer) are of different tokenizers: prepare them with the same one")
+    return problems or ([] if _token_parts(data) else [f"data.path={data.path}: no *_idx.npz or *.idx in this folder"])
 
 
 def _largest_id(prefix: str, cache: Path) -> int:
@@ -134,13 +158,26 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     parts = _token_parts(data)
     sets = [tokens.load(part.path) for part in parts]
     whole = hashlib.sha256(" ".join(s.fingerprint() for s in sets).encode())
+    notes = _manifests(parts)
+    if notes:
+        told = notes[0]["tokenizer"]["eot"]
+    elif data.tokenizer:
+        told = tokenizer.open_encoder(Path(data.tokenizer)).eot
+    else:
+        told = GPT2_EOT if config.model.vocab > GPT2_EOT else None
+    beside = tokenizer_path(parts[0].path) if notes else None
+    chosen = Path(data.tokenizer).resolve() if data.tokenizer else beside
+    total = sum(part.weight for part in parts)
+    per_token = [n["bytes_per_token"] * part.weight / total for n, part in zip(notes, parts, strict=False)]
     return Prepared(
         parts=parts,
         fingerprint=whole.hexdigest()[:16],
-        eot_id=data.eot_id if data.eot_id is not None else GPT2_EOT if config.model.vocab > GPT2_EOT else None,
-        tokenizer=str(Path(data.tokenizer).resolve()) if data.tokenizer else None,
-        tokenizer_digest=tokenizer.digest(Path(data.tokenizer)) if data.tokenizer else None,
+        eot_id=data.eot_id if data.eot_id is not None else told,
+        tokenizer=str(chosen) if chosen else None,
+        tokenizer_digest=tokenizer.digest(chosen) if chosen else None,
         tokens=sum(len(s.ids) for s in sets),
+        bytes_per_token=sum(per_token) if notes else None,
+        unigram_entropy=notes[0]["unigram_entropy"] if len(notes) == 1 else None,
     )
 
 
@@ -222,14 +259,14 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
     counts = np.zeros(encoding.n_vocab, dtype=np.int64)
     lens: list[int] = []
     with open(folder / "tokens_ids.npy", "w+b") as out:
-        _write_header(out, dtype, 0)
+        write_header(out, dtype, 0)
         for piece, last in pieces(files, size):
             ids = encoding.encode_to_numpy(piece, disallowed_special=())
             ids = np.append(ids, eot) if last else ids
             counts += np.bincount(ids, minlength=len(counts))
             lens.append(len(ids))
             out.write(ids.astype(dtype).tobytes())
-        _write_header(out, dtype, sum(lens))
+        write_header(out, dtype, sum(lens))
     np.savez(
         folder / "tokens_idx.npz",
         lens=np.array(lens, dtype=np.int32),
@@ -250,8 +287,8 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
-    """Numpy leaves room in the header for the length to grow, so it can be written before and after."""
+def write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
+    """Of a row of tokens; numpy leaves room for the length to grow, so it can be written before and after."""
     file.seek(0)
     header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
     np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
@@ -280,7 +317,7 @@ def pieces(files: list[Path], size: int) -> Iterator[tuple[str, bool]]:
             while left > 0:
                 raw = file.read(size) + file.readline(size)
                 left = left - len(raw) if raw else 0
-                whole, carry = _at_character(carry + raw, final=left <= 0)
+                whole, carry = at_character(carry + raw, final=left <= 0)
                 try:
                     text = whole.decode("utf-8")
                 except UnicodeDecodeError as error:
@@ -289,7 +326,7 @@ def pieces(files: list[Path], size: int) -> Iterator[tuple[str, bool]]:
                     yield text, left <= 0
 
 
-def _at_character(raw: bytes, *, final: bool) -> tuple[bytes, bytes]:
+def at_character(raw: bytes, *, final: bool) -> tuple[bytes, bytes]:
     """Cut before an unfinished UTF-8 character at the end."""
     if final:
         return raw, b""

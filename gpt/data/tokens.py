@@ -1,8 +1,8 @@
-"""Token files in the published format, memory-mapped: ``{prefix}_ids.npy`` and ``{prefix}_idx.npz``.
+"""Token files, memory-mapped: in the published format, ``{prefix}_ids.npy`` and ``{prefix}_idx.npz``, or Megatron's.
 
 ``ids`` is one row of token numbers (uint16 when the vocabulary fits, else int32), ``lens`` (int32) the tokens
 of each sentence and ``docs`` (int64, documents + 1) the number of sentences before each document; without
-sentence splitting a sentence is a document.
+sentence splitting a sentence is a document. Megatron's ``.bin`` and ``.idx``: ``gpt.data.megatron``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt.config import UserError
+from gpt.data import megatron
+from gpt.files import atomic_files
 
 Array = npt.NDArray[Any]
 SCAN_BLOCK = 1 << 24  # tokens looked at together; bounds the memory of a scan
@@ -47,33 +49,72 @@ class TokenSet:
         return digest.hexdigest()[:16]
 
     def largest_id(self) -> int:
-        """The largest token number, block by block (0.05 s for 300M tokens)."""
-        starts = range(0, len(self.ids), SCAN_BLOCK)
-        return max(int(self.ids[start : start + SCAN_BLOCK].max()) for start in starts)
+        """The largest token number, block by block (0.05 s for 300M tokens).
+
+        Raises:
+            UserError: a token number is negative.
+        """
+        largest = 0
+        for start in range(0, len(self.ids), SCAN_BLOCK):
+            block = self.ids[start : start + SCAN_BLOCK]
+            largest = max(largest, int(block.max()))
+            if block.dtype.kind == "i" and (least := int(block.min())) < 0:
+                raise UserError(
+                    f"{self.prefix}: token {start + int(block.argmin()):,} is {least}, and no token number is negative"
+                )
+        return largest
+
+
+def bare(prefix: str) -> str:
+    """A prefix without the ending of one of the files."""
+    for ending in ("_ids.npy", "_idx.npz", ".bin", ".idx"):
+        prefix = prefix.removesuffix(ending)
+    return prefix
 
 
 def paths_of(prefix: str) -> tuple[Path, Path]:
-    """The two files of a set."""
-    return Path(f"{prefix}_ids.npy"), Path(f"{prefix}_idx.npz")
+    """The two files of a set: token numbers and index.
+
+    Any of the four file names means the set as well. A bare prefix means the published format where both are there.
+
+    Example:
+        >>> [path.name for path in paths_of("/nowhere/corpus")]
+        ['corpus_ids.npy', 'corpus_idx.npz']
+        >>> [path.name for path in paths_of("/nowhere/corpus.idx")]
+        ['corpus.bin', 'corpus.idx']
+    """
+    name = bare(prefix)
+    published = Path(f"{name}_ids.npy"), Path(f"{name}_idx.npz")
+    megatron_pair = Path(f"{name}.bin"), Path(f"{name}.idx")
+    if prefix.endswith((".bin", ".idx")):
+        return megatron_pair
+    if any(map(Path.exists, megatron_pair)) and not any(map(Path.exists, published)):
+        return megatron_pair
+    return published
 
 
 def prefixes_at(path: str) -> list[str]:
-    """Prefixes that ``path`` may mean: itself, or every set of a folder.
+    """Prefixes that ``path`` may mean: itself, or all sets of a folder but the ``_val`` sets of others.
 
     Example:
         >>> prefixes_at("/nowhere/corpus")
         ['/nowhere/corpus']
     """
     folder = Path(path)
-    if folder.is_dir():
-        return sorted(str(p)[: -len("_idx.npz")] for p in folder.glob("*_idx.npz"))
-    for ending in ("_ids.npy", "_idx.npz"):
-        path = path.removesuffix(ending)
-    return [path]
+    if not folder.is_dir():
+        for ending in ("_ids.npy", "_idx.npz"):
+            path = path.removesuffix(ending)
+        return [path]
+    found = {str(p).removesuffix("_idx.npz") for p in folder.glob("*_idx.npz")}
+    found |= {str(p).removesuffix(".idx") for p in folder.glob("*.idx")}
+    return sorted(p for p in found if p.removesuffix("_val") == p or p.removesuffix("_val") not in found)
 
 
-def load(prefix: str) -> TokenSet:
-    """Open a set; the tokens stay on disk.
+def read(prefix: str) -> tuple[Array, Array, Array]:
+    """Open a set, sentences and all; the tokens stay on disk.
+
+    Returns:
+        Token numbers, tokens of each sentence, number of sentences before each document (documents + 1).
 
     Raises:
         UserError: a file is missing or damaged, or the two do not belong together.
@@ -83,17 +124,59 @@ def load(prefix: str) -> TokenSet:
     if absent:
         raise UserError(f"no such token file: {' and '.join(absent)}")
     try:
-        ids = np.load(ids_path, mmap_mode="r", allow_pickle=False)
-        with np.load(idx_path, allow_pickle=False) as index:
-            lens = index["lens"].astype(np.int64)
-            docs = index["docs"].astype(np.int64) if "docs" in index else np.arange(len(lens) + 1)
+        if ids_path.suffix == ".bin":
+            ids, lens, docs = megatron.read(ids_path, idx_path)
+        else:
+            ids = np.load(ids_path, mmap_mode="r", allow_pickle=False)
+            with np.load(idx_path, allow_pickle=False) as index:
+                lens = index["lens"]
+                docs = index["docs"].astype(np.int64, copy=False) if "docs" in index else np.arange(len(lens) + 1)
+    except UserError:
+        raise
     except Exception as error:  # numpy raises ValueError, OSError, EOFError, KeyError, BadZipFile
         raise UserError(f"{prefix}: the token files are damaged ({error}); prepare or copy them again") from error
     problem = _damage(ids, lens, docs)
     if problem:
         raise UserError(f"{prefix}: {problem}; prepare or copy the token files again")
-    ends = np.concatenate([[0], np.cumsum(lens)])[docs[1:]]
+    return ids, lens, docs
+
+
+def load(prefix: str) -> TokenSet:
+    """Open a set; the tokens stay on disk.
+
+    Raises:
+        UserError: see ``read``.
+    """
+    ids, lens, docs = read(prefix)
+    ends = np.cumsum(lens, dtype=np.int64)
+    if len(docs) != len(lens) + 1 or (np.diff(docs) != 1).any():  # a document of several sentences, or of none
+        ends = np.concatenate([[0], ends])[docs[1:]]
     return TokenSet(prefix, ids, ends)
+
+
+def write(prefix: str, ids: Array, lens: Array, docs: Array, dtype: npt.DTypeLike) -> tuple[Path, Path]:
+    """Write a set in the published format, both files or neither.
+
+    Args:
+        prefix: of the files.
+        ids: token numbers.
+        lens: tokens of each sentence.
+        docs: number of sentences before each document, and in all.
+        dtype: of the file; it must hold the largest number.
+
+    Returns:
+        The two paths.
+    """
+    paths = Path(f"{prefix}_ids.npy"), Path(f"{prefix}_idx.npz")
+    with atomic_files(*paths) as (ids_path, idx_path):
+        with open(ids_path, "wb") as file:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (len(ids),)}
+            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+            for start in range(0, len(ids), SCAN_BLOCK):
+                file.write(ids[start : start + SCAN_BLOCK].astype(dtype).data)
+        with open(idx_path, "wb") as file:
+            np.savez(file, lens=np.asarray(lens, np.int32), docs=np.asarray(docs, np.int64))
+    return paths
 
 
 def _damage(ids: Array, lens: Array, docs: Array) -> str | None:
@@ -101,8 +184,8 @@ def _damage(ids: Array, lens: Array, docs: Array) -> str | None:
         return f"the ids are {ids.dtype} of shape {ids.shape}, not one row of integers"
     if len(ids) == 0:
         return "there are no tokens"
-    if lens.min(initial=0) < 0 or lens.sum() != len(ids):
-        return f"the lengths add up to {lens.sum():,} tokens, but there are {len(ids):,}"
+    if lens.min(initial=0) < 0 or lens.sum(dtype=np.int64) != len(ids):
+        return f"the lengths add up to {lens.sum(dtype=np.int64):,} tokens, but there are {len(ids):,}"
     if len(docs) < 2 or docs[0] != 0 or docs[-1] != len(lens) or (np.diff(docs) < 0).any():
         return f"the document boundaries do not cover the {len(lens):,} lengths"
     return None

@@ -54,11 +54,11 @@ def _record(job: Job, step: int, texts: list[str]) -> None:
 
 def continuations(job: Job, engine: Engine, vocabulary: Path) -> list[str]:
     """Texts that follow the prompt, up to end-of-text or ``generate.max_new_tokens`` tokens."""
-    encoding = tokenizer.load(vocabulary)
+    encoder = tokenizer.open_encoder(vocabulary)
     settings = job.config.generate
-    prompt = encoding.encode(settings.prompt, disallowed_special=())
-    rows = generate(engine.model, prompt, settings, job.config.seed, encoding.eot_token)
-    return [encoding.decode([t for t in row if t < encoding.n_vocab], errors="replace") for row in rows]
+    prompt = encoder.encode(settings.prompt).tolist()
+    rows = generate(engine.model, prompt, settings, job.config.seed, encoder.eot)
+    return [encoder.decode(row) for row in rows]
 
 
 def generate(model: GPT, prompt: list[int], settings: Generate, seed: int, eot: int | None) -> list[list[int]]:

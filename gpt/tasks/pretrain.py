@@ -77,9 +77,14 @@ class Session:
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, float] = {}
         epochs = self.samples.epochs(config.trainer.max_steps * global_batch_size(config))
+        shares = [part.weight / sum(p.weight for p in job.data.parts) for part in job.data.parts]
         say(
             f"training from step {self.step:,} to {config.trainer.max_steps:,}: "
-            f"{', '.join(f'{e:.3g}' for e in epochs)} epoch(s) of the training split"
+            + "; ".join(
+                f"{epoch:.3g} epoch(s) of the training split"
+                + (f" of {Path(part.path).name}, {share:.4g} of the samples" if len(epochs) > 1 else "")
+                for epoch, share, part in zip(epochs, shares, job.data.parts, strict=True)
+            )
         )
 
     def stopped(self, signals: Signals) -> bool:

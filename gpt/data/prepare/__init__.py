@@ -1,0 +1,1 @@
+"""Raw text to token files, in four steps: sources, documents, encode (in workers), build."""
