@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import checkpoint
+from gpt import checkpoint, saving
 from gpt.config import UserError
 from gpt.data import sentences, vocabularies
 from gpt.data.tokenizer import ByteLevel, Encoder, General, open_encoder
@@ -212,9 +212,9 @@ def test_a_missing_library_is_named_with_its_remedy(
 @pytest.mark.parametrize("kind", ["gpt2", "wordpiece", "plain_model", "cpm_model"])
 def test_the_tokenizer_travels_with_a_checkpoint(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(kind)
-    folder = checkpoint.folder_of(tmp_path, 1)
-    folder.parent.mkdir()
-    checkpoint.write(folder, {}, {}, {"step": 1, "config": {}}, path)
+    saver = saving.Saver(tmp_path, keep=1, say=pytest.fail)
+    saver.submit(saving.Part(1, {}, {}, {"step": 1, "config": {}}, path))
+    assert saver.wait() is None
     found = checkpoint.newest(tmp_path, print)
     assert found is not None
     assert found.tokenizer is not None
