@@ -162,6 +162,8 @@ class _Live:
         except ValueError:
             return
         figures = f"loss {record['train/loss']:.3f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
+        if "tokens_per_second_per_device" in record:
+            figures += f" ({record['tokens_per_second_per_device']:,.0f} per device)"
         if "mfu" in record:
             figures += f"  mfu {record['mfu']:.1%}"
         self._bar.update(self._task, completed=record["step"], figures=figures)

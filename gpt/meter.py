@@ -12,7 +12,7 @@ from typing import Any
 import paddle
 
 from gpt import plan
-from gpt.config import Config, Device, global_batch_size
+from gpt.config import Config, Device, global_batch_size, replicas, world_size
 from gpt.data.corpus import Prepared
 from gpt.engine import StepResult
 from gpt.log import say
@@ -45,6 +45,7 @@ class Meter:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.tokens_per_step = global_batch_size(config) * config.data.seq_len
+        self.world, self.replicas = world_size(config), replicas(config)
         self.flops_per_token = plan.flops_per_token(config)
         name = paddle.device.cuda.get_device_name() if config.cluster.device is Device.gpu else "CPU"
         self.peak = plan.peak_flops(name, config.precision.dtype)
@@ -67,7 +68,7 @@ class Meter:
             "lr": result.lr,
             "grad_norm": result.grad_norm,
             "seconds": seconds,
-            "tokens_per_second": rate,
+            **self.rates(seconds),
             "memory_peak_gib": round(peak_memory(self.config.cluster.device), 3),
         }
         if result.loss_scale is not None:
@@ -75,6 +76,17 @@ class Meter:
         if self.peak:
             record["mfu"] = rate * self.flops_per_token / self.peak
         return record
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Tokens per second of a step of so many seconds: of all ranks, with several also per device and replica."""
+        rate = self.tokens_per_step / seconds
+        if self.world == 1:
+            return {"tokens_per_second": rate}
+        return {
+            "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / self.world,
+            "tokens_per_second_per_replica": rate / self.replicas,
+        }
 
     def typical_seconds(self) -> float:
         """Median time of a step after warm-up."""
@@ -93,6 +105,9 @@ class Meter:
             "grad overflow" if record["grad_norm"] is None else f"grad {record['grad_norm']:.3f}",
             f"{record['tokens_per_second']:,.0f} tok/s",
         ]
+        if self.world > 1:
+            device, replica = (record[f"tokens_per_second_per_{of}"] for of in ("device", "replica"))
+            figures[-1] += f" ({device:,.0f} per device, {replica:,.0f} per replica)"
         if "mfu" in record:
             figures.append(f"mfu {record['mfu']:.1%}")
         if "val/loss" in record:

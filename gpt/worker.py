@@ -57,10 +57,12 @@ def import_paddle() -> None:
 def main() -> None:
     """Run the job's task; the exit code is the task's."""
     watched()
+    from gpt import heartbeat
     from gpt.guard import BAD_INPUT, FAILED, GUARD, GuardError, Signals
 
     signals = Signals()  # from here on a signal is remembered, also during the imports
 
+    heartbeat.beat(0, "import Paddle")
     import_paddle()
     signals.listen()
     from gpt.config import UserError

@@ -58,7 +58,9 @@ class Session:
 
     def __init__(self, job: Job) -> None:
         config = job.config
+        heartbeat.beat(0, "connect")
         self.topology = Topology.connect(config)
+        heartbeat.beat(0, "build")
         self.job = job
         self.samples = Samples(config, job.data, Split.train)
         self.val = Samples(config, job.data, Split.val) if config.data.split[1] > 0 else None
@@ -168,7 +170,7 @@ class Session:
         result |= self.last_validation
         result["parameters"] = self._parameters()
         if self.meter.seconds:
-            result["tokens_per_second"] = self.meter.tokens_per_step / self.meter.typical_seconds()
+            result |= self.meter.rates(self.meter.typical_seconds())
             result["memory_peak_gib"] = self.last["memory_peak_gib"]
         write_json(self.job.run_dir / "result.json", result)
 
