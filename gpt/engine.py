@@ -168,13 +168,14 @@ class Engine:
             some = [samples.batch(first, min(micro, last - first)) for first in firsts[i : i + together]]
             total += self._staged_losses(some) if self.pipelined else self._losses(some[0])
             counted += sum(float(batch.mask_BT.sum()) for batch in some)
+        rounds = -(-last // (micro * self.topology.replicas))
+        if self.shards.parameters_too and len(firsts) < rounds:
+            self._losses(samples.batch(0, 1).masked())  # the other replicas need this rank's parameters once more
         return total, counted
 
     def _losses(self, batch: Batch) -> float:
         """Sum over the counted tokens."""
-        count = float(batch.mask_BT.sum())
-        if not count:
-            return 0.0
+        count = max(float(batch.mask_BT.sum()), 1.0)
         with paddle.no_grad(), self._autocast():
             mean = self.model.loss(*_tensors(batch, slice(None)), count)
         return float(mean.item() * count)

@@ -146,6 +146,16 @@ class Topology:
         paddle.distributed.all_reduce(sums)
         return [float(value) for value in sums.numpy()]
 
+    def largest(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        if self.hcg is None:
+            return value
+        import paddle
+
+        found = paddle.to_tensor([value], dtype="float64")
+        paddle.distributed.all_reduce(found, paddle.distributed.ReduceOp.MAX)
+        return float(found.item())
+
     def part(self, whole: Array, p: paddle.Tensor) -> Array:
         """This rank's slice of a parameter's whole value."""
         axis = split_axis(p)

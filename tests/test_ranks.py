@@ -28,9 +28,12 @@ def train(gpt: Run, run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     return metrics(run_dir)
 
 
-def test_one_command_trains_measures_and_samples_on_two_ranks(gpt: Run, small: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["pp2", "sharding2_stage3"])
+def test_one_command_trains_measures_and_samples_on_two_ranks(
+    gpt: Run, small: list[str], tmp_path: Path, preset: str
+) -> None:
     one = train(gpt, tmp_path / "one", *small, *SAME)
-    two = train(gpt, tmp_path / "two", *small, *SAME, "parallel=pp2")
+    two = train(gpt, tmp_path / "two", *small, *SAME, f"parallel={preset}")
     for key in ("train/loss", "val/loss"):
         assert [r.get(key) for r in two] == [pytest.approx(r[key], rel=1e-5) if key in r else None for r in one]
     assert [r["step"] for r in two] == list(range(1, 13))

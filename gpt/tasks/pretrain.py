@@ -14,7 +14,7 @@ from gpt.engine import Engine
 from gpt.files import write_json
 from gpt.guard import GuardError, Signals
 from gpt.log import say
-from gpt.meter import Meter, validation
+from gpt.meter import Meter, peak_memory, validation
 from gpt.runs import Job, truncate_metrics, versions
 from gpt.tasks.generate import sample_text
 from gpt.topology import Topology
@@ -101,6 +101,8 @@ class Session:
         self.meter.start()
         result = self.engine.step(self.step + 1, self.samples)
         self.step += 1
+        if self.shown():  # every rank comes to the same answer, so all ask together
+            self.meter.memory_peak = self.topology.largest(peak_memory(self.topology.device))
         self.last = self.meter.record(self.step, result)
         return self.last
 
@@ -116,9 +118,12 @@ class Session:
         """Send the step's record everywhere."""
         for sink in self.sinks:
             sink.write(record)
-        first = self.step == self.first_step + 1
-        if first or "val/loss" in record or self.due(self.job.config.trainer.log_every):
+        if "val/loss" in record or self.shown():
             self.meter.show(record)
+
+    def shown(self) -> bool:
+        """Whether the step has a line on the terminal, evaluated or not."""
+        return self.step == self.first_step + 1 or self.due(self.job.config.trainer.log_every)
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: never), and at the end, happens now."""
