@@ -92,11 +92,12 @@ def test_the_chunked_head_is_the_whole_one(text: Path) -> None:
 
 
 def test_a_checkpoint_of_one_topology_goes_on_under_another(text: Path, tmp_path: Path) -> None:
-    expected = single(text, *NO_DROPOUT)["loss"]
+    deep = (*NO_DROPOUT, "model.layers=8")
+    expected = single(text, *deep)["loss"]
     got: list[float] = []
-    interleaved = ("pp2", "parallel.virtual_pp_degree=2")
+    interleaved = ("pp4", "parallel.virtual_pp_degree=2")
     for parallel, *more in (("dp2_mp2_pp2",), ("single",), ("sharding2_mp2_pp2",), interleaved, ("mp2",)):
-        config, data, ranks = job(text, *NO_DROPOUT, f"parallel={parallel}", *more)
+        config, data, ranks = job(text, *deep, f"parallel={parallel}", *more)
         first = len(got) + 1
         each = harness.run("ranks:go_on", ranks, config, data, str(tmp_path), first, first + 3)
         assert all(one == each[0] for one in each)
