@@ -24,10 +24,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gpt import shards
+from gpt import slices
 from gpt.config import UserError
 from gpt.runs import checkpoint_steps
-from gpt.shards import Index, Stored
+from gpt.slices import Index, Stored
 from gpt.topology import Topology
 
 FORMAT = 2
@@ -100,7 +100,7 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
             if file.stat().st_size != known["bytes"]:
                 return f"{name} has {file.stat().st_size:,} bytes instead of {known['bytes']:,}"
         for name, known in files[share::shares]:
-            if shards.facts(path / name).sha256 != known["sha256"]:
+            if slices.facts(path / name).sha256 != known["sha256"]:
                 return f"{name} has changed (its SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it cannot be read ({error})"

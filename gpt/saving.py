@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt import shards
+from gpt import slices
 from gpt.checkpoint import FORMAT, KINDS, file_of, folder_of
 from gpt.files import TEMPORARY, remove_directory, remove_leftovers, sync_directory
 from gpt.runs import checkpoint_steps
@@ -86,8 +86,8 @@ def _written(folder: Path, part: Part, rank: int, ranks: int) -> dict[str, Any]:
         for kind, pieces in zip(KINDS, (part.model, part.optimizer), strict=True):
             name = file_of(kind, rank, ranks)
             if pieces:
-                files[name] = dataclasses.asdict(shards.write(folder / name, pieces, metadata))
-            index[kind] = shards.describe(name, pieces)
+                files[name] = dataclasses.asdict(slices.write(folder / name, pieces, metadata))
+            index[kind] = slices.describe(name, pieces)
     except Exception as error:  # a thread must never die silently
         for kind in KINDS:  # makes room for the report
             with contextlib.suppress(OSError):
@@ -165,7 +165,7 @@ def _report(path: Path) -> dict[str, Any] | None:
 def _complete(folder: Path, part: Part, reports: list[dict[str, Any]]) -> None:
     """Add what the first rank writes for all, and take the reports away."""
     files = {name: facts for report in reports for name, facts in report["files"].items()}
-    index = {kind: shards.merged([report["index"][kind] for report in reports]) for kind in KINDS}
+    index = {kind: slices.merged([report["index"][kind] for report in reports]) for kind in KINDS}
     for name, value in (("index.json", index), ("state.json", part.state)):
         (folder / name).write_text(json.dumps(value, indent=1 if name == "state.json" else None), encoding="utf-8")
         files[name] = None
@@ -182,10 +182,10 @@ def _complete(folder: Path, part: Part, reports: list[dict[str, Any]]) -> None:
     sync_directory(folder)
 
 
-def _flushed(path: Path) -> shards.Facts:
+def _flushed(path: Path) -> slices.Facts:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return shards.facts(path)
+    return slices.facts(path)
 
 
 class Saver:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from gpt import checkpoint, files, saving, shards
+from gpt import checkpoint, files, saving, slices
 from gpt.runs import checkpoint_steps
 from gpt.saving import Part
 from gpt.whole import Piece, Pieces, Slice
@@ -146,8 +146,8 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = shards.write
-    monkeypatch.setattr(shards, "write", lambda *a: (time.sleep(0.3), slow(*a))[1])
+    slow = slices.write
+    monkeypatch.setattr(slices, "write", lambda *a: (time.sleep(0.3), slow(*a))[1])
     saver = saving.Saver(tmp_path, keep=2, say=pytest.fail)
     began = time.perf_counter()
     saver.submit(part(5))
@@ -218,9 +218,9 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_only(tmp_path: Path, monk
     said: list[str] = []
     ranks = savers(tmp_path, said, keep=1)
     assert save_together(ranks, 10) is None
-    real = shards.write
+    real = slices.write
 
-    def full(path: Path, *rest: Any) -> shards.Facts:
+    def full(path: Path, *rest: Any) -> slices.Facts:
         if "00001" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, *rest)

@@ -36,7 +36,7 @@ FLOORS = [
     {"gpt.ops", "gpt.gloo", "gpt.tensor_parallel"},
     {"gpt.optim", "gpt.topology"},
     {"gpt.whole"},
-    {"gpt.exchange", "gpt.sharding", "gpt.shards"},
+    {"gpt.exchange", "gpt.sharding", "gpt.slices"},
     {"gpt.model", "gpt.runs"},
     {"gpt.pipeline"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},

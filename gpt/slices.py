@@ -1,7 +1,7 @@
-"""Files of slices: written in one pass without a second copy, read by slice whoever wrote them.
+"""Files of slices: written and hashed in one pass, read by slice whoever wrote them.
 
 Every file is plain safetensors: 8 bytes with the length of a JSON header, the header, the arrays one after the other.
-It is written here, and not by the library, because the library copies all arrays before it writes the first.
+It is written here, and not by the library, so that the hash of the manifest costs no second reading.
 """
 
 from __future__ import annotations
