@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_debris(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write", full)
+        patch.setattr(slices, "write", full)
         saver.submit(part(20))
         assert isinstance(saver.wait(), OSError)
     assert "checkpoint 20 could not be written" in said[0]
@@ -226,7 +226,7 @@ def test_a_rank_that_cannot_write_costs_the_checkpoint_only(tmp_path: Path, monk
         return real(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write", full)
+        patch.setattr(slices, "write", full)
         assert "rank 1: [Errno 28] No space left on device" in str(save_together(ranks, 20))
     assert any("checkpoint 20 could not be written" in line for line in said)
     assert os.listdir(tmp_path / "checkpoints") == ["step_00000010"]
