@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from gpt.config import Prepare, TextFormat, UserError
+from gpt.config import UserError
+from gpt.config_prepare import Prepare, TextFormat
 
 STDIN = "-"
 FORMATS = {
@@ -44,13 +46,45 @@ class Source:
         if self.packing == ".gz":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
         if self.packing == ".zst":
-            import io
-
-            import zstandard
-
-            unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            return cast(BinaryIO, io.BufferedReader(cast(Any, unpacked), 1 << 20)), raw
+            return cast(BinaryIO, io.BufferedReader(_Zst(raw), 1 << 20)), raw
         return raw, raw
+
+
+class _Zst(io.RawIOBase):
+    """The frames of a .zst file one after the other; unlike the library it says when the last is cut short."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        import zstandard
+
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._packed = packed
+        self._rest = b""  # packed, of the next frame
+        self._text = b""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, into: Any) -> int:
+        """Some bytes of text.
+
+        Raises:
+            EOFError: the file ends within a frame.
+        """
+        while not self._text:
+            packed = self._rest or self._packed.read(1 << 17)
+            if not packed and self._frame:
+                raise EOFError("it ends within a frame")
+            if not packed:
+                return 0
+            self._frame = self._frame or self._new()
+            self._text, self._rest = self._frame.decompress(packed), b""
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(into), len(self._text))
+        into[:count], self._text = self._text[:count], self._text[count:]
+        return count
 
 
 def find(settings: Prepare) -> tuple[list[Source], list[str]]:
@@ -69,8 +103,6 @@ def find(settings: Prepare) -> tuple[list[Source], list[str]]:
         except (UserError, OSError) as error:
             problems.append(f"prepare.input: {error}")
     sources = list(found.values())
-    if not sources and not problems:
-        problems.append("prepare.input has no value: give files, folders, globs, or - with prepare.input=...")
     problems += _missing_packages(sources)
     if any(s.path == STDIN for s in sources) and len(sources) > 1:
         problems.append("prepare.input: - (standard input) goes alone")
