@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -42,9 +43,10 @@ def test_the_command_prepares_and_its_next_command_trains(gpt: Run, tmp_path: Pa
 def test_chinese_takes_a_vocabulary_of_its_own_which_is_twice_as_dense_as_gpt2s(gpt: Run, tmp_path: Path) -> None:
     import jieba
 
-    # The one Chinese text that comes with a package of the test environment: words of news, by part of speech.
-    words = [line.split()[0] for line in Path(jieba.__file__).with_name("dict.txt").read_text("utf-8").splitlines()]
-    rows = ["".join(words[i : i + 40]) + "。" for i in range(0, 40_000, 40)]
+    # The Chinese that comes with a package of the test environment: words with how often they occur, drawn so.
+    lines = [line.split() for line in Path(jieba.__file__).with_name("dict.txt").read_text("utf-8").splitlines()]
+    drawn = random.Random(0).choices([line[0] for line in lines], [int(line[1]) for line in lines], k=80_000)
+    rows = ["".join(drawn[i : i + 40]) + "。" for i in range(0, len(drawn), 40)]
     source = jsonl(tmp_path / "zh.jsonl", rows)
     ran = gpt("task=prepare", source, OUTPUT, "prepare.vocab=4000")
     assert ran.code == 0, ran.text
