@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -45,9 +46,19 @@ def run(role: Role, command: Callable[[], object]) -> None:
 
 def over(role: Role, code: int) -> None:
     """Rank 0 tells the others the exit code, at whatever point the job ended."""
+    _nothing_left_to_save(role)
     if role.starter and role.rank == 0:
         with contextlib.suppress(UserError):  # said already: they could not be reached from the beginning
             group.hub().close(code)
+
+
+def _nothing_left_to_save(role: Role) -> None:
+    """From here on only the exit code counts.
+
+    ``srun --kill-on-bad-exit`` ends tasks that are a moment behind the first, and would report their SIGTERM.
+    """
+    if role.starter == roles.SLURM:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _follow(role: Role) -> int:
@@ -55,6 +66,7 @@ def _follow(role: Role) -> int:
     member = group.Member(role)
     where = member.wait_for_job()
     if where is None:
+        _nothing_left_to_save(role)
         if member.over is None:
             print("rank 0 ended before there was a job; its own output says why", file=sys.stderr)
         return FAILED if member.over is None else member.over
@@ -71,6 +83,7 @@ def _follow(role: Role) -> int:
         poll=member.poll,
         retry=False,
     )
+    _nothing_left_to_save(role)
     if outcome.reason or not outcome.code:  # it is about all of them
         outcome = dataclasses.replace(outcome, rank=ours[0].rank)
     log = run_dir / "logs" / f"worker.{outcome.rank}.log"

@@ -194,7 +194,7 @@ def _listen_on(endpoint: str, backlog: int) -> socket.socket:
     try:
         return socket.create_server((host, int(port)), backlog=backlog)
     except OSError as error:
-        if isinstance(error, socket.gaierror):
+        if (error.errno or 0) < 0:  # of the resolver; create_server makes it a plain OSError
             why = f"the name {host} is not known here; give it an address, in the hosts file or the launcher's settings"
         elif error.errno == errno.EADDRINUSE:
             why = f"port {port} is taken, perhaps by another job; end that, or start this one again"
