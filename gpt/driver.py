@@ -22,6 +22,7 @@ from gpt.optim import lr_at
 from gpt.runs import Job
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
+from launchers.places import Place
 from launchers.watchdog import Watchdog
 
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
@@ -49,7 +50,7 @@ def gate(config: Config, run_dir: Path) -> None:
         return
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
-    problems += host.problems(config, role.local_size if role.starter else ranks)
+    problems += host.problems(config, role.here(ranks))
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
     else:
@@ -192,7 +193,7 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     watchdog = Watchdog(logs, ranks, config.cluster.hang_seconds if ranks > 1 else 0, records.path)
     heartbeat.clear(logs)
     hub = group.hub()
-    hub.announce(job.run_dir, file)
+    hub.announce(job.run_dir, file, hub.role.share(ranks))
     with console.progress(config.trainer.max_steps if training else None) as progress:
 
         def poll() -> Outcome | None:
@@ -200,11 +201,16 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
             stuck = watchdog.stuck()
             return Outcome(GUARD, reason=stuck) if stuck else None
 
+        def choose() -> list[Place]:
+            if hub.role.starter:
+                return roles.places(hub.role, os.environ, ranks, gpu=gpu)
+            return places.here(ranks, gpu=gpu)
+
         outcome = local.run_workers(
             ["-m", "gpt.worker", str(job.run_dir), str(file)],
-            lambda: [roles.place(hub.role, os.environ, gpu=gpu)] if hub.role.starter else places.here(ranks, gpu=gpu),
+            choose,
             logs,
-            local.environment(config, hub.role.local_size if hub.role.starter else ranks, live=progress.live),
+            local.environment(config, hub.role.here(ranks), live=progress.live),
             show=progress.line,
             poll=poll,
             others=hub.remotes,
@@ -241,7 +247,7 @@ def _header(job: Job) -> list[tuple[str, str]]:
     rows = dict(plan.summary(config))
     entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
     role, ranks = group.hub().role, world_size(config)
-    threads = config.cluster.threads or max(1, host.cores() // (role.local_size if role.starter else ranks))
+    threads = config.cluster.threads or max(1, host.cores() // role.here(ranks))
     device = f"{config.cluster.device.value}, {config.precision.dtype.value}"
     shape = f"{config.model.layers} layers x {config.model.hidden}, {rows['parameters']} parameters"
     started = f", started by {role.starter}" if role.starter else ""

@@ -1,6 +1,6 @@
-"""Ranks that a launcher has started: rank 0 tells the others which run it is, they tell it how they ended.
+"""Processes that a launcher has started: rank 0 tells the others which run it is, they tell it how their ranks ended.
 
-A connection per rank, kept for the whole job, with a line of JSON per message; it leads to rank 0's own endpoint, which
+A connection per process, kept for the whole job, with a line of JSON per message; it leads to rank 0's endpoint, which
 every launcher makes known. Nothing is left behind that a later job could mistake for its own, and a process that is
 gone shows as a closed connection.
 """
@@ -8,6 +8,7 @@ gone shows as a closed connection.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -70,10 +71,10 @@ class _Line:
 
 
 class Remote:
-    """A rank elsewhere, as rank 0 sees it."""
+    """A process elsewhere, as rank 0 sees it: ``rank`` is the first it looks after, or the one that failed."""
 
-    def __init__(self, rank: int, line: _Line) -> None:
-        self.rank = rank
+    def __init__(self, process: int, line: _Line) -> None:
+        self.process = self.rank = process
         self.ended: float | None = None
         self.line = line
         self._end: Message = {}
@@ -89,6 +90,7 @@ class Remote:
         for message in self.line.receive(seconds) if not self._end else ():
             if "code" in message:
                 self._end = message
+                self.rank = message["rank"] if message["code"] else self.rank
         if not self.line.open and not self._end:
             self._end = {"code": FAILED, "lines": [f"the process that looked after rank {self.rank} vanished"]}
         if self._end and self.ended is None:
@@ -127,20 +129,27 @@ class Hub:
             self.place = roles.place(role, os.environ)
             self._listener = _listen_on(self.place.endpoints[0], role.world)
 
-    def announce(self, run_dir: Path, job_file: Path) -> None:
+    def announce(self, run_dir: Path, job_file: Path, share: int) -> None:
         """Wait for all ranks and send them to the job.
+
+        Args:
+            run_dir: of the job.
+            job_file: in it.
+            share: ranks that each process looks after.
 
         Raises:
             UserError: some did not come.
         """
         self._join(JOIN_SECONDS)
-        missing = sorted(set(range(1, self.role.world)) - {remote.rank for remote in self.remotes})
+        missing = set(range(1, self.role.world)) - {remote.process for remote in self.remotes}
         if missing:
+            ranks = [process * share + local for process in missing for local in range(share)]
             raise UserError(
-                f"{named(missing)} of {self.role.world} did not come within {JOIN_SECONDS:.0f} s to "
+                f"{named(ranks)} of {self.role.world * share} did not come within {JOIN_SECONDS:.0f} s to "
                 f"{self.place.endpoints[0]}: see their logs, and whether they can reach that address"
             )
         for remote in self.remotes:
+            remote.rank = remote.process * share
             remote.line.send({"run_dir": str(run_dir), "job_file": str(job_file.resolve())})
 
     def _join(self, seconds: float) -> None:
@@ -153,7 +162,7 @@ class Hub:
             line = _Line(self._listener.accept()[0])
             hello = next(line.receive(5.0), {})
             if hello.get("job") == _key(self.place):  # else somebody who mistook the port
-                self.remotes.append(Remote(int(hello["rank"]), line))
+                self.remotes.append(Remote(int(hello["process"]), line))
             else:
                 line.close()
         if self._listener:
@@ -185,17 +194,25 @@ def _listen_on(endpoint: str, backlog: int) -> socket.socket:
     try:
         return socket.create_server((host, int(port)), backlog=backlog)
     except OSError as error:
-        raise UserError(f"rank 0 cannot listen on {endpoint} ({error.strerror}): is another job using it?") from None
+        if (error.errno or 0) < 0:  # of the resolver; create_server makes it a plain OSError
+            why = f"the name {host} is not known here; give it an address, in the hosts file or the launcher's settings"
+        elif error.errno == errno.EADDRINUSE:
+            why = f"port {port} is taken, perhaps by another job; end that, or start this one again"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            why = f"{host} is not an address of this host, where rank 0 was started"
+        else:
+            why = str(error.strerror)
+        raise UserError(f"rank 0 cannot listen on {endpoint}: {why}") from None
 
 
 class Member:
-    """The side of every other rank."""
+    """The side of every other process."""
 
     def __init__(self, role: Role) -> None:
         self.role = role
         self.place = roles.place(role, os.environ)
         self._line = _connected(self.place.endpoints[0], JOIN_SECONDS)
-        self._line.send({"rank": role.rank, "job": _key(self.place)})
+        self._line.send({"process": role.rank, "job": _key(self.place)})
         self.over: int | None = None
 
     def wait_for_job(self) -> tuple[Path, Path] | None:
@@ -210,19 +227,20 @@ class Member:
         return None
 
     def poll(self) -> Outcome | None:
-        """An outcome if rank 0 says that the job is over; if rank 0 is gone, our worker is to save and end."""
+        """An outcome if rank 0 says that the job is over; if rank 0 is gone, our workers are to save and end."""
         connected = self._line.open
         for message in self._line.receive():
             if "over" in message:
                 self.over = int(message["over"])
-            return Outcome(self.over or FAILED, self.role.rank, reason="the job was ended by another rank")
+            return Outcome(self.over or FAILED, reason="the job was ended by another rank")
         if self._line.open is not connected:
             signal.raise_signal(signal.SIGTERM)
         return None
 
     def report(self, outcome: Outcome, written: float) -> int:
-        """Tell rank 0 how our rank ended; returns the exit code of the whole job."""
-        self._line.send({"code": outcome.code, "lines": list(outcome.last_lines), "written": written})
+        """Tell rank 0 how our ranks ended; returns the exit code of the whole job."""
+        lines = list(outcome.last_lines)
+        self._line.send({"code": outcome.code, "rank": outcome.rank, "lines": lines, "written": written})
         deadline = time.monotonic() + OVER_SECONDS
         while outcome.code and self.over is None and self._line.open and (left := deadline - time.monotonic()) > 0:
             for message in self._line.receive(left):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -104,6 +104,13 @@ class Worker:
         if code is not None and self.ended is None:
             self.ended = time.monotonic()
         return code
+
+    @property
+    def state(self) -> str:
+        """Linux's letter for what it does: T stopped, D waiting for a disk, R, S."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        return ""
 
     def last_lines(self) -> tuple[str, ...]:
         """The end of what it wrote in this start."""
@@ -213,8 +220,9 @@ def _watch(
         if all(code == 0 for code in codes):
             return Outcome(0)
         if verdict is not None:
+            halted = _halted(workers)
             _trace(workers)
-            return verdict
+            return replace(verdict, reason=verdict.reason + halted)
         if received.number and time.monotonic() - received.since > GRACE_SECONDS:
             _stop(workers, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
@@ -249,6 +257,12 @@ def _forwarded(workers: list[Worker]) -> Iterator[_Received]:
 def _stop(workers: Sequence[Watched], number: signal.Signals) -> None:
     for worker in workers:
         worker.stop(number)
+
+
+def _halted(workers: Sequence[Worker]) -> str:
+    """Which ranks cannot go on, nor write where they are: a rank may be halted where it and all others beat last."""
+    states = {"T": "stopped by a signal (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk"}
+    return "".join(f". Rank {w.rank} is {states[w.state]}" for w in workers if w.state in states)
 
 
 def _trace(workers: Sequence[Worker]) -> None:

@@ -31,13 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 from gpt.data import order, tokenizer, vocabularies  # noqa: E402
 from gpt.data.tokens import Array  # noqa: E402
+from gpt.files import replace_section  # noqa: E402
 
 VARIANTS = {
     "ours": "`open_encoder`: tiktoken's engine",
     "tokenizers": "Hugging Face `tokenizers`, `encode_batch` of 64 documents",
     "predecessor": "byte-pair merging in pure Python, cache by word",
 }
-MARKERS = "<!-- bench_data begins -->", "<!-- bench_data ends -->"
 SEQ_LEN = 1024
 
 
@@ -268,10 +268,7 @@ def main() -> int:
     )
     print(text)
     if options.write:
-        path = ROOT / "docs" / "benchmarks.md"
-        whole = path.read_text(encoding="utf-8")
-        head, tail = whole.split(MARKERS[0])[0], whole.split(MARKERS[1])[1]
-        path.write_text(f"{head}{MARKERS[0]}\n{text}\n{MARKERS[1]}{tail}", encoding="utf-8")
+        replace_section(ROOT / "docs" / "benchmarks.md", "bench_data", text)
     return 0
 
 

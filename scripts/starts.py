@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import heartbeat  # noqa: E402
+from gpt.files import replace_section  # noqa: E402
 from launchers import host, places  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "launch.md"
@@ -176,14 +177,6 @@ def breakdown(count: int, preset: str) -> list[str]:
     ]
 
 
-def write(name: str, lines: list[str], document: Path) -> None:
-    """Put the lines between the document's markers of that name."""
-    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    before, _, rest = document.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    document.write_text("\n".join([before + begin, *lines, end]) + after, encoding="utf-8")
-
-
 def main() -> None:
     """Start, count, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,7 +190,7 @@ def main() -> None:
     else:
         name, lines = "starts", consecutive(arguments.starts, arguments.preset or "dp2_mp2_pp2")
     print("\n".join(lines))
-    write(name, lines, arguments.output)
+    replace_section(arguments.output, name, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, metrics
+from test_signals import alive, wait_for
 
 from launchers import local, places
 from launchers.ending import Outcome
@@ -93,3 +94,44 @@ def test_paddle_launch_with_one_rank_trains_for_real(tmp_path: Path, small: list
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_a_rank_that_is_stopped_in_training_ends_the_job_and_is_named(tmp_path: Path, small: list[str]) -> None:
+    job = [*small, "parallel=dp2", "cluster.device=cpu", "trainer.max_steps=100000", "cluster.hang_seconds=3"]
+    job += ["trainer.eval_every=0", "trainer.save_every=0", "hydra.run.dir=run"]
+    with open(tmp_path / "said", "w+") as said:
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "gpt.main", *job],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            wait_for(lambda: '"step": 20,' in text_of(tmp_path / "run" / "metrics.jsonl"), 60)
+            workers = {number_of(pid, "PADDLE_TRAINER_ID"): pid for pid in children(driver.pid)}
+            os.kill(workers[1], signal.SIGSTOP)
+            assert driver.wait(60) == 3
+        finally:
+            driver.kill()
+    text = text_of(tmp_path / "said")
+    assert "no rank made progress for 3 s (cluster.hang_seconds)" in text
+    assert ". Rank 1 is stopped by a signal (SIGSTOP)" in text
+    assert "most recent call first" in text_of(tmp_path / "run" / "logs" / "worker.0.log")
+    wait_for(lambda: not any(map(alive, workers.values())))
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in text_of(Path(f"/proc/{pid}/task/{pid}/children")).split()]
+
+
+def number_of(pid: int, variable: str) -> int:
+    """From a process's environment; -1 if it is not there."""
+    for entry in Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0"):
+        if entry.startswith(f"{variable}="):
+            return int(entry.partition("=")[2])
+    return -1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_signals import wait_for
+from test_signals import alive, wait_for
 
 from gpt.config import UserError
 from launchers import places, roles
@@ -103,8 +103,7 @@ def test_a_world_that_is_not_the_product_of_the_degrees_is_refused() -> None:
 
 # --- our command, started once per rank ---
 
-# The command as it is, but "python -m gpt.worker"
-# is a script of the test's own.
+# The command as it is, but "python -m gpt.worker" is a script of the test's own.
 COMMAND = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -117,7 +116,10 @@ import json, os, signal, sys, time
 from pathlib import Path
 run_dir, job_file = Path(sys.argv[3]), Path(sys.argv[4])
 rank, world = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ["PADDLE_TRAINERS_NUM"])
-(run_dir / f"rank{{rank}}.json").write_text(json.dumps(dict(os.environ)))
+sys.path.insert(0, {str(ROOT)!r})
+from gpt import files, guard
+guard.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
+files.write_json(run_dir / f"rank{{rank}}.json", dict(os.environ, PID=str(os.getpid())))
 def result():
     if rank == 0:
         (run_dir / "result.json").write_text('{{"status": "done", "step": 12, "val/loss": 1.0}}')
@@ -164,15 +166,25 @@ class Ranks:
         said = [process.communicate(timeout=seconds)[0] for process in self.processes]
         return [(process.returncode, text) for process, text in zip(self.processes, said, strict=True)]
 
+    def none_is_left(self) -> None:
+        """Every worker that began has ended, or does soon."""
+        pids = [int(json.loads(path.read_text())["PID"]) for path in self.run_dir.glob("rank*.json")]
+        assert pids
+        wait_for(lambda: not any(map(alive, pids)))
+
+    def end(self) -> None:
+        """Whatever became of it."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
 
 @pytest.fixture
 def ranks(tmp_path: Path, small: list[str]) -> Iterator[Ranks]:
     group = Ranks(tmp_path, small)
     yield group
-    for process in group.processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    group.end()
 
 
 def as_paddle(count: int = 2) -> list[dict[str, str]]:
@@ -247,6 +259,7 @@ def test_a_process_that_vanishes_ends_the_others(ranks: Ranks, victim: int) -> N
     assert ends[1 - victim][0] > 0
     if victim:
         assert "the process that looked after rank 1 vanished" in ends[0][1]
+    ranks.none_is_left()
 
 
 @pytest.mark.slow
