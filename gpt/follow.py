@@ -36,6 +36,7 @@ def run(role: Role, command: Callable[[], object]) -> None:
     if role.starter == roles.PADDLE:  # srun and mpirun end their processes themselves
         die_with_parent(os.getppid())
         roles.close_to_others(os.environ)
+        roles.restore_proxies(os.environ)
     if role.rank:
         sys.exit(_follow(role))
     group.hub()  # from here on the others can find us

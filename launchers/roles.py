@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,6 +206,14 @@ def places(role: Role, env: Mapping[str, str], ranks: int, *, gpu: bool) -> list
         )
         for local in range(share)
     ]
+
+
+def restore_proxies(env: MutableMapping[str, str]) -> None:
+    """Undo what paddle.distributed.launch does for its own sake: without them W&B does not get through."""
+    for key in ("http_proxy", "https_proxy"):
+        kept = env.get(f"{key}_original")
+        if kept:
+            env.setdefault(key, kept)
 
 
 def close_to_others(env: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import paddle
 
-from gpt import checkpoint, saving
+from gpt import checkpoint, saving, slices
 from gpt.config import Split, typed, world_size
 from gpt.data.corpus import Prepared
 from gpt.data.samples import Samples
@@ -81,6 +81,25 @@ def go_on(config: dict[str, Any], data: dict[str, Any], folder: str, first: int,
     assert saver.wait() is None
     topology.totals(0.0)
     return losses
+
+
+def share(config: dict[str, Any], folder: str) -> list[int]:
+    """The step that this rank resumes from, the bytes it reads for it, and those that it would give to the next."""
+    job = typed(config)
+    topology = Topology.connect(job)
+    engine = Engine(job, topology)
+    found = checkpoint.require(Path(folder), print, topology)
+    count, real = [0], slices.Stored.read
+
+    def counted(self: slices.Stored, name: str, where: Any) -> Any:
+        array = real(self, name, where)
+        count[0] += array.nbytes
+        return array
+
+    slices.Stored.read = counted  # type: ignore[method-assign]
+    engine.load(found.model(), found.optimizer(), found.state)
+    given = sum(piece.array.nbytes for pieces in engine.state()[:2] for piece in pieces.values())
+    return [found.state["step"], count[0], given]
 
 
 def late(config: dict[str, Any], seconds: float) -> float:

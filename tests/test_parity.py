@@ -139,6 +139,25 @@ def test_a_checkpoint_of_one_topology_goes_on_under_another(text: Path, tmp_path
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("preset", ["mp2", "sharding2_stage3"])
+def test_a_rank_reads_and_writes_its_share_and_all_pass_over_what_one_wrote_and_lost(
+    text: Path, tmp_path: Path, preset: str
+) -> None:
+    config, data, _ = job(text, *NO_DROPOUT, f"parallel={preset}")
+    harness.run("ranks:go_on", 2, config, data, str(tmp_path), 1, 1)
+    harness.run("ranks:go_on", 2, config, data, str(tmp_path), 2, 2)
+    whole = sum(p.stat().st_size for p in (tmp_path / "checkpoints" / "step_00000002").glob("*.safetensors"))
+    file = tmp_path / "checkpoints" / "step_00000002" / "optimizer-00001-of-00002.safetensors"
+    for step in (2, 1):
+        shares = harness.run("ranks:share", 2, config, str(tmp_path))
+        assert [share[0] for share in shares] == [step, step]
+        assert all(read < 0.65 * whole and given < 0.65 * whole for _, read, given in shares), (shares, whole)
+        assert sum(given for *_, given in shares) <= whole
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1  # the second rank's; only one rank reads it to check
+        file.write_bytes(raw)
+
+
 def test_a_rank_that_fails_ends_the_harness_with_its_words(text: Path) -> None:
     config, data, _ = job(text, "parallel=dp2")
     data["parts"] = []

@@ -93,6 +93,19 @@ def test_places_given_by_launchers() -> None:
         roles.place(roles.detect(apart), apart)
 
 
+def test_proxies_that_paddle_launch_puts_away_come_back() -> None:
+    env = {
+        "https_proxy_original": "http://proxy:3128",
+        "http_proxy_original": "http://other:1",
+        "http_proxy": "http://own:1",
+    }
+    roles.restore_proxies(env)
+    assert (env["https_proxy"], env["http_proxy"]) == ("http://proxy:3128", "http://own:1")
+    alone = {"HOME": "/"}
+    roles.restore_proxies(alone)
+    assert alone == {"HOME": "/"}
+
+
 def test_a_world_that_is_not_the_product_of_the_degrees_is_refused() -> None:
     role = Role(roles.MPI, 0, 2, 0, 2)
     assert role.problems(2, "2 = dp 2") == []
