@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
@@ -185,19 +186,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
     commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
     daemons = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for command in commands]
+
+    def idle() -> bool:
+        done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=env, capture_output=True, check=False)
+        return done.stdout.strip() == b"2"
+
     try:
-
-        def idle() -> bool:
-            done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=env, capture_output=True, check=False)
-            return done.stdout.strip() == b"2"
-
         wait_for(idle)
         yield env
+        wait_for(idle)  # a step's last process waits for the controller
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
-        for daemon in daemons:
-            daemon.wait(20)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(20)
+            daemon.kill()
+            daemon.wait()
 
 
 def srun(cluster: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
