@@ -19,13 +19,13 @@ from gpt import config as schema
 from gpt.config import (
     Config,
     DataKind,
-    DocumentRule,
     Recompute,
     Task,
     global_batch_size,
     micro_batch_size,
     replicas,
 )
+from gpt.config_prepare import DocumentRule
 
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
@@ -251,6 +251,8 @@ def _data(config: Config) -> Iterator[str]:
 
 def _prepare(config: Config) -> Iterator[str]:
     prepare = config.prepare
+    if not prepare.input:
+        yield "prepare.input has no value: give files, folders, globs, or - with prepare.input=..."
     if not prepare.output:
         yield "prepare.output has no value: give the prefix of the files to make with prepare.output=..."
     if prepare.tokenizer is None and prepare.vocab <= BYTE_ALPHABET:

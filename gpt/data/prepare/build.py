@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt.config import Config, Prepare, TextFormat, UserError
+from gpt.config import Config, UserError
+from gpt.config_prepare import Prepare, TextFormat
 from gpt.data import tokenizer
 from gpt.data.corpus import TRAIN_TOKENIZER_BYTES, manifest_path, tokenizer_path
 from gpt.data.prepare import documents, sources
@@ -77,7 +78,7 @@ def check(config: Config) -> list[str]:
 
 def _first_records(found: list[Source], config: Config) -> list[str]:
     if found[0].path == STDIN:
-        return []
+        return []  # it comes only once
     setup = Setup(found, config.prepare, Path(), Path())
     bad, where = Counter[str](), ""
     for number, (source, record) in enumerate(_all_records(setup)):

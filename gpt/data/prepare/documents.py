@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from gpt.config import DocumentRule, Prepare, TextFormat
+from gpt.config_prepare import DocumentRule, Prepare, TextFormat
 from gpt.data.corpus import PIECE_BYTES, at_character
 from gpt.data.prepare.sources import Source
 

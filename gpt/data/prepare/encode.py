@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt.config import Prepare, TextFormat
+from gpt.config_prepare import Prepare, TextFormat
 from gpt.data.prepare.documents import Record, records, text_of
 from gpt.data.prepare.sources import Source
 from gpt.data.tokenizer import Encoder, open_encoder

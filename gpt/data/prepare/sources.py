@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import glob
 import gzip
+import io
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from gpt.config import Prepare, TextFormat, UserError
+from gpt.config import UserError
+from gpt.config_prepare import Prepare, TextFormat
 
 STDIN = "-"
 FORMATS = {
@@ -44,13 +47,44 @@ class Source:
         if self.packing == ".gz":
             return cast(BinaryIO, gzip.GzipFile(fileobj=raw)), raw
         if self.packing == ".zst":
-            import io
-
-            import zstandard
-
-            unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-            return cast(BinaryIO, io.BufferedReader(cast(Any, unpacked), 1 << 20)), raw
+            return io.BufferedReader(_Zstd(raw), 1 << 20), raw
         return raw, raw
+
+
+class _Zstd(io.RawIOBase):
+    """Frames one after the other. Unlike the package's own reader it does not take a cut file for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As ``io.RawIOBase`` has it.
+
+        Raises:
+            EOFError: the file ends inside a frame.
+        """
+        while not self._ready:
+            rest = self._frame.unused_data if self._frame and self._frame.eof else b""
+            packed = rest or self._raw.read(1 << 17)
+            if not packed:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the last frame has no end")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new()
+            self._ready = self._frame.decompress(packed)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def find(settings: Prepare) -> tuple[list[Source], list[str]]:
@@ -69,8 +103,6 @@ def find(settings: Prepare) -> tuple[list[Source], list[str]]:
         except (UserError, OSError) as error:
             problems.append(f"prepare.input: {error}")
     sources = list(found.values())
-    if not sources and not problems:
-        problems.append("prepare.input has no value: give files, folders, globs, or - with prepare.input=...")
     problems += _missing_packages(sources)
     if any(s.path == STDIN for s in sources) and len(sources) > 1:
         problems.append("prepare.input: - (standard input) goes alone")

