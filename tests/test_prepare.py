@@ -243,6 +243,30 @@ def test_the_manifest_says_what_was_made_of_what(tmp_path: Path, make: Make) -> 
     assert "made already" in said[0]
 
 
+def test_what_a_failed_start_has_finished_is_not_done_again(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", texts(300))
+    expected = content(make(source, name="whole"))
+    monkeypatch.setattr(build, "CHUNK_BYTES", 2000)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "join", full)
+        with pytest.raises(OSError, match="No space"):
+            make(source)
+    assert not list((tmp_path / "out").glob("x_[imt]*"))
+
+    def only_setup(process: object, what: object) -> None:
+        assert isinstance(what, encode.Setup)
+
+    monkeypatch.setattr(encode, "_send", only_setup)
+    assert content(make(source)) == expected
+    assert not list((tmp_path / "out").glob("x_work*"))
+
+
 # --- bad input ---
 
 BAD = {
