@@ -102,23 +102,30 @@ class Console:
     @contextmanager
     def measure(self) -> Iterator[Callable[[Tally], None]]:
         """While text is prepared; yields what is to be told the tally: a bar, or in a pipe a line every ten seconds."""
-        began = said = time.monotonic()
+        times: list[float] = []  # when the first tally came, and when the last line was written
+
+        def began() -> float:
+            times.extend([time.monotonic()] * 2 if not times else [])
+            return times[0]
+
         if not self._rich.is_terminal:
 
             def line(tally: Tally) -> None:
-                nonlocal said
-                if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    self.note(f"{tally.progress / 1e6:,.0f} of {tally.total / 1e6:,.0f} MB  {_pace(tally, began)}")
+                pace = _pace(tally, began())
+                if time.monotonic() - times[1] >= SECONDS_BETWEEN_LINES:
+                    times[1] = time.monotonic()
+                    self.note(f"{tally.progress / 1e6:,.0f} of {tally.total / 1e6:,.0f} MB  {pace}")
 
             yield line
             return
         columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(bar_width=None), TextColumn("{task.fields[pace]}"))
         with Progress(*columns, console=self._rich, expand=True) as bar:
             task = bar.add_task("prepare", total=None, pace="starting")
-            yield lambda tally: bar.update(
-                task, total=tally.total or None, completed=tally.progress, pace=_pace(tally, began)
-            )
+
+            def draw(tally: Tally) -> None:
+                bar.update(task, total=tally.total or None, completed=tally.progress, pace=_pace(tally, began()))
+
+            yield draw
 
 
 def _pace(tally: Tally, began: float) -> str:

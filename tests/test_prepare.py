@@ -169,11 +169,11 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path: Path, make: Make, mo
     whole = content(make(jsonl(tmp_path / "a.jsonl", rows), name="plain"))
     raw = (tmp_path / "a.jsonl").read_bytes()
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(raw))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(raw[:999]) + zstandard.compress(raw[999:]))
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "d.parquet", row_group_size=33)
     monkeypatch.setattr(build, "CHUNK_BYTES", 2000)
     for name in ("b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
-        assert content(make(f"prepare.input={tmp_path}/{name}", "prepare.workers=2", name=f"of_{name}")) == whole, name
+        assert content(make(f"prepare.input={tmp_path}/{name}", "prepare.workers=2", name=f"o{name}")) == whole, name
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
     assert content(make("prepare.input='-'", name="stdin")) == whole
 
@@ -241,6 +241,30 @@ def test_the_manifest_says_what_was_made_of_what(tmp_path: Path, make: Make) -> 
     said: list[str] = []
     make(f"prepare.input={tmp_path}/a.jsonl", said=said)
     assert "made already" in said[0]
+
+
+def test_what_a_failed_start_has_finished_is_not_done_again(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl(tmp_path / "a.jsonl", texts(300))
+    expected = content(make(source, name="whole"))
+    monkeypatch.setattr(build, "CHUNK_BYTES", 2000)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "join", full)
+        with pytest.raises(OSError, match="No space"):
+            make(source)
+    assert not list((tmp_path / "out").glob("x_[imt]*"))
+
+    def only_setup(process: object, what: object) -> None:
+        assert isinstance(what, encode.Setup)
+
+    monkeypatch.setattr(encode, "_send", only_setup)
+    assert content(make(source)) == expected
+    assert not list((tmp_path / "out").glob("x_work*"))
 
 
 # --- bad input ---

@@ -291,6 +291,7 @@ def _encode(setup: Setup, count: int, say: Say, show: Callable[[Tally], None]) -
         say(f"going on: {len(reused):,} chunks are done")
     lines: Counter[int] = Counter()
     leading, number = 0, 0
+    show(tally)
     workers = Workers(setup, count)
     try:
         for chunk, note in workers.run(chunks(setup, CHUNK_BYTES), setup.folder):
