@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, metrics
+from test_roles import SLURM_ENV
 from test_signals import wait_for
-from test_started import SLURM_ENV, Ranks
+from test_started import Ranks
 
 from gpt.config import UserError
 from launchers import group, places, roles
