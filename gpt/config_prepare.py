@@ -28,6 +28,14 @@ class DocumentRule(Enum):
     regex = "regex"  # at a line in which prepare.separator matches
 
 
+class Sentences(Enum):
+    """What is a sentence within a document."""
+
+    none = "none"
+    line = "line"
+    punkt = "punkt"  # as nltk finds it
+
+
 @dataclass
 class Prepare:
     """Of ``task=prepare``: raw text to token files."""
@@ -41,7 +49,8 @@ class Prepare:
     document: DocumentRule = MISSING
     separator: str | None = None
     append_eot: bool = MISSING
-    sentences: bool = MISSING  # ``lens`` has one entry per line instead of one per document
+    sentences: Sentences = MISSING  # ``lens`` has one entry per sentence, ``docs`` still one per document
+    language: str = MISSING  # of punkt's model
     min_length: int = MISSING  # characters; shorter documents are left out
     shuffle: bool = MISSING  # documents in an order that ``seed`` decides
     dedup: bool = MISSING  # of identical documents only the first stays

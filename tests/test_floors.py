@@ -26,7 +26,7 @@ FLOORS = [
         "gpt.data.sentences",
         "gpt.data.vocabularies",
     },
-    {"gpt.data.prepare", "gpt.data.prepare.sources"},
+    {"gpt.data.prepare", "gpt.data.prepare.sources", "gpt.data.prepare.division"},
     {"gpt.data.prepare.documents"},
     {"gpt.data.prepare.encode", "gpt.data.prepare.worker"},
     {"gpt.data.prepare.join"},

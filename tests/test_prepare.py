@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from gpt.config_prepare import DocumentRule
 from gpt.data import tokenizer, tokens
-from gpt.data.prepare import build, documents, encode, join, sources
+from gpt.data.prepare import build, division, documents, encode, join, sources
 from gpt.rules import check, rule_problems
 
 Make = Callable[..., Path]
@@ -210,15 +210,36 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path: Path, make: 
     assert sorted(one) == sorted(other) == sorted(rows)
 
 
-def test_sentences_are_lines_and_documents_gather_them(tmp_path: Path, make: Make) -> None:
+def test_sentences_may_be_lines_and_documents_gather_them(tmp_path: Path, make: Make) -> None:
     rows = ["a\nbb\n\nccc", "d\n", "e"]
-    prefix = make(jsonl(tmp_path / "a.jsonl", rows), "prepare.sentences=true")
+    prefix = make(jsonl(tmp_path / "a.jsonl", rows), "prepare.sentences=line")
     with np.load(f"{prefix}_idx.npz") as index:
         assert index["docs"].tolist() == [0, 4, 5, 6]
         assert (index["lens"].dtype, index["docs"].dtype) == (np.int32, np.int64)
     assert decoded(prefix) == rows
     bare = make(jsonl(tmp_path / "a.jsonl", rows), "prepare.append_eot=false", name="bare")
     assert not (tokens.load(str(bare)).ids == 0).any()
+
+
+def test_sentences_may_be_those_of_punkt_which_knows_abbreviations(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nltk.tokenize import punkt
+
+    config = configured(["task=prepare", "prepare.input=x", "prepare.output=x", "prepare.sentences=punkt"])
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    assert ["python -m nltk.downloader punkt_tab" in p for p in division.problems(config.prepare)] == [True]
+
+    trainer = punkt.PunktTrainer("Then Mr. Fox came. He saw Mr. Dog. Mr. Cat ran. " * 30)
+    folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    punkt.save_punkt_params(trainer.get_params(), str(folder))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Then Mr. Fox jumps. He quick!  Over 北京?"}) + "\n")
+    monkeypatch.setenv("NLTK_DATA", str(tmp_path))
+    prefix = make(f"prepare.input={tmp_path}/a.jsonl", "prepare.sentences=punkt", "prepare.append_eot=false")
+    with np.load(f"{prefix}_idx.npz") as index:
+        assert index["docs"].tolist() == [0, 3]
+    assert decoded(prefix) == ["Then Mr. Fox jumps. He quick!  Over 北京?"]
 
 
 @given(st.lists(st.integers(0, 5), max_size=50))

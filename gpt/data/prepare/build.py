@@ -21,7 +21,7 @@ from gpt.config import Config, UserError
 from gpt.config_prepare import Prepare, TextFormat
 from gpt.data import tokenizer, vocabularies
 from gpt.data.corpus import TRAIN_TOKENIZER_BYTES, manifest_path, tokenizer_path
-from gpt.data.prepare import documents, sources
+from gpt.data.prepare import division, documents, sources
 from gpt.data.prepare.documents import Record
 from gpt.data.prepare.encode import Chunk, Setup, Workers, read
 from gpt.data.prepare.join import FILES, VAL, join
@@ -69,6 +69,7 @@ def check(config: Config) -> list[str]:
                 problems.append(
                     f"prepare.tokenizer={settings.tokenizer}: it has no end-of-text: prepare.append_eot=false"
                 )
+    problems += division.problems(settings)
     folder = Path(str(settings.output)).parent
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK) or Path(str(settings.output)).name in ("", ".."):

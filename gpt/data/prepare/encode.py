@@ -12,7 +12,6 @@ import io
 import json
 import os
 import pickle
-import re
 import select
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gpt.config_prepare import Prepare, TextFormat
+from gpt.data.prepare.division import divider
 from gpt.data.prepare.documents import Record, records, text_of
 from gpt.data.prepare.sources import Source
 from gpt.data.tokenizer import Encoder, open_encoder
@@ -82,19 +82,10 @@ def _rows(source: Source, group: int, column: str) -> Iterator[Record]:
                     yield Record(row, None, why=f"{column!r} is {type(text).__name__}, not text")
 
 
-def sentences(text: str, divide: bool) -> list[str]:
-    """The text, or its lines with their ends; joined they are the text again.
-
-    Example:
-        >>> sentences("a\\nb", True)
-        ['a\\n', 'b']
-    """
-    return re.findall(r"[^\n]*\n|[^\n]+", text) if divide else [text]
-
-
 def encode(chunk: Chunk, setup: Setup, encoder: Encoder) -> dict[str, Any]:
     """Encode a chunk and write its two files; returns the note."""
     settings = setup.settings
+    divide = divider(settings)
     dtype = np.uint16 if encoder.vocab <= 1 << 16 else np.int32
     lens: list[int] = []
     docs: list[int] = []
@@ -124,7 +115,7 @@ def encode(chunk: Chunk, setup: Setup, encoder: Encoder) -> dict[str, Any]:
             if len(text) < settings.min_length:
                 note["short"] += 1
                 continue
-            rows = [encoder.encode(part) for part in sentences(text, settings.sentences)]
+            rows = [encoder.encode(part) for part in divide(text)]
             if record.ends and settings.append_eot and encoder.eot is not None:
                 rows[-1] = np.append(rows[-1], encoder.eot)
             raw = text.encode()
