@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -117,3 +118,15 @@ def test_workers_never_see_hydra() -> None:
     code = "import gpt.tasks.pretrain, sys; sys.exit('hydra' in sys.modules)"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=False, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_cpu_adapter_is_imported_where_the_device_is_a_cpu_and_nowhere_else() -> None:
+    found = []
+    for path in [*Path(ROOT / "gpt").rglob("*.py"), *Path(ROOT / "launchers").rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If):
+                inside = [n for n in node.body if isinstance(n, ast.ImportFrom) and n.names[0].name == "gloo"]
+                found += [(path.name, ast.unparse(node.test)) for _ in inside]
+        assert not any(isinstance(n, ast.ImportFrom) and n.names[0].name == "gloo" for n in tree.body), path
+    assert found == [("topology.py", "on_cpu")]
