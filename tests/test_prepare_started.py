@@ -26,9 +26,14 @@ Run = Callable[..., Ran]
 PREPARE = ["task=prepare", "prepare.input=in", "prepare.output=out/x", "prepare.workers=2", "prepare.vocab=384"]
 # The vocabulary and the chunks made small: what takes minutes on a corpus takes seconds here.
 START = f"""
-import sys
+import os, sys, time
 from gpt.data.prepare import build
 build.CHUNK_BYTES = {1 << 16}
+judge = build._judge
+def unhurried(*arguments, **options):
+    time.sleep(float(os.environ.get("SECONDS_PER_CHUNK", 0)))
+    judge(*arguments, **options)
+build._judge = unhurried
 from gpt.main import main
 sys.argv[0] = "gpt"
 main()
@@ -44,11 +49,11 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(folder: Path, *more: str) -> subprocess.Popen[str]:
+def command(folder: Path, seconds_per_chunk: float = 0.0) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", START, *PREPARE, *more],
+        [sys.executable, "-c", START, *PREPARE],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SECONDS_PER_CHUNK": str(seconds_per_chunk)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,7 +77,7 @@ def test_a_killed_preparation_goes_on_with_what_is_done(corpus: Path, how: signa
     for path in (corpus / "out").iterdir():
         path.unlink()
 
-    process = command(corpus)
+    process = command(corpus, seconds_per_chunk=0.2)  # so that it is surely not over when the signal comes
     deadline = time.monotonic() + 60
     while len(list(corpus.glob("out/x_work_*/*.npz"))) < 12 and time.monotonic() < deadline:
         time.sleep(0.005)
