@@ -26,7 +26,8 @@ Run = Callable[..., Ran]
 PREPARE = ["task=prepare", "prepare.input=in", "prepare.output=out/x", "prepare.workers=2", "prepare.vocab=384"]
 # The vocabulary and the chunks made small: what takes minutes on a corpus takes seconds here.
 START = f"""
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, with all its children
 from gpt.data.prepare import build
 build.CHUNK_BYTES = {1 << 16}
 judge = build._judge
