@@ -13,7 +13,7 @@ own and count a tied table twice; these hooks are the same code everywhere, over
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -56,8 +56,9 @@ class Shards:
         if self.parameters_too:
             self._release(parameters)
             if block:
-                part.register_forward_pre_hook(lambda _, inputs: (_Enter.apply(inputs[0], self, parameters),))
-                part.register_forward_post_hook(lambda _, inputs, output: _Leave.apply(output, self, parameters))
+                come, go = partial(self._gather, parameters), partial(self._release, parameters)
+                part.register_forward_pre_hook(lambda _, inputs: (_Then.apply(inputs[0], come, go),))
+                part.register_forward_post_hook(lambda _, inputs, output: _Then.apply(output, go, come))
             else:
                 self._outside |= parameters
 
@@ -107,31 +108,16 @@ class Shards:
                 p._clear_data()
 
 
-class _Enter(PyLayer):  # type: ignore[misc]
-    """Before a block: its parameters come. In the backward pass this comes after the block: they go."""
+class _Then(PyLayer):  # type: ignore[misc]
+    """Does something at a place of the forward pass, and something else at this place of the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: Shards, parameters: dict[str, Tensor]) -> Tensor:
-        ctx.shards, ctx.parameters = shards, parameters
-        shards._gather(parameters)
+    def forward(ctx: Any, x: Tensor, now: Callable[[], None], later: Callable[[], None]) -> Tensor:
+        ctx.later = later
+        now()
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        ctx.shards._release(ctx.parameters)
-        return grad.clone()
-
-
-class _Leave(PyLayer):  # type: ignore[misc]
-    """After a block: its parameters go. In the backward pass this comes before the block: they come."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, shards: Shards, parameters: dict[str, Tensor]) -> Tensor:
-        ctx.shards, ctx.parameters = shards, parameters
-        shards._release(parameters)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        ctx.shards._gather(ctx.parameters)
+        ctx.later()
         return grad.clone()
