@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt.config import Config, UserError
-from gpt.files import conf_dir
+from gpt.files import cache_dir, conf_dir
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
@@ -26,16 +25,11 @@ CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 def register() -> None:
     """Tell Hydra the schema, the resolvers used in conf/, and the gate."""
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
-    OmegaConf.register_new_resolver("cache_dir", _cache_dir, replace=True)
+    OmegaConf.register_new_resolver("cache_dir", cache_dir, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="hydra/callbacks", name="gate", node={"gate": {"_target_": "gpt.cli.Gate"}})
-
-
-def _cache_dir() -> str:
-    folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return os.environ.get("GPT_CACHE") or str(Path(folder) / "gpt")
 
 
 def _run_name(*, _root_: DictConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -161,3 +162,18 @@ def replace_section(path: Path, name: str, text: str) -> None:
     if not found or not ended:
         raise ValueError(f"{path}: no {begin} ... {end}")
     write_atomic(path, f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, block by block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_dir() -> str:
+    """Where prepared texts and made tokenizers are kept unless ``data.cache_dir`` says otherwise."""
+    folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return os.environ.get("GPT_CACHE") or str(Path(folder) / "gpt")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gpt.data.tokens import Array
+from gpt.files import sha256
 from gpt.whole import Pieces, Slice
 
 DTYPES = {"float32": "F32"}  # what a checkpoint holds, as safetensors calls it
@@ -76,12 +77,7 @@ def facts(path: Path) -> Facts:
     Raises:
         OSError: it cannot be read.
     """
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-            size += len(block)
-    return Facts(size, digest.hexdigest())
+    return Facts(path.stat().st_size, sha256(path))
 
 
 def describe(file: str, pieces: Pieces) -> Index:

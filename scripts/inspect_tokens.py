@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,17 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt.config import UserError  # noqa: E402
-from gpt.data import tokenizer, tokens, vocabularies  # noqa: E402
+from gpt.data import corpus, tokenizer, tokens, vocabularies  # noqa: E402
 from gpt.data.tokenizer import Encoder  # noqa: E402
 from gpt.data.tokens import SCAN_BLOCK, Array, TokenSet  # noqa: E402
+from gpt.files import cache_dir  # noqa: E402
 
 PERCENTILES = {"min": 0, "5%": 5, "median": 50, "95%": 95, "99%": 99, "max": 100}
-
-
-def cache_dir() -> Path:
-    """Where made tokenizers are kept: as the configuration has it."""
-    folder = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("GPT_CACHE") or f"{folder}/gpt")
 
 
 def counts(token_set: TokenSet) -> Array:
@@ -132,11 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{options.set}: {len(prefixes)} sets in this folder; name one: {' '.join(prefixes)}")
         token_set = tokens.load(prefixes[0])
         encoder = None
-        bare = prefixes[0].removesuffix(".bin").removesuffix(".idx")
-        beside = [p for end in ("json", "model") if (p := Path(f"{bare}_tokenizer.{end}")).is_file()]
-        name = options.tokenizer or next(map(str, beside), None)
+        beside = corpus.tokenizer_path(prefixes[0])
+        name = options.tokenizer or (str(beside) if beside.is_file() else None)
         if name:
-            encoder = tokenizer.open_encoder(vocabularies.find(name, cache_dir()))
+            encoder = tokenizer.open_encoder(vocabularies.find(name, Path(cache_dir())))
         lengths = np.diff(token_set.document_ends, prepend=0)
         print("\n".join(figures(token_set, lengths, encoder)))
         spread = np.linspace(0, token_set.documents - 1, max(0, options.samples), dtype=int).tolist()

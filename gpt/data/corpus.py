@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -259,14 +259,14 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
     counts = np.zeros(encoding.n_vocab, dtype=np.int64)
     lens: list[int] = []
     with open(folder / "tokens_ids.npy", "w+b") as out:
-        write_header(out, dtype, 0)
+        tokens.write_header(out, dtype, 0)
         for piece, last in pieces(files, size):
             ids = encoding.encode_to_numpy(piece, disallowed_special=())
             ids = np.append(ids, eot) if last else ids
             counts += np.bincount(ids, minlength=len(counts))
             lens.append(len(ids))
             out.write(ids.astype(dtype).tobytes())
-        write_header(out, dtype, sum(lens))
+        tokens.write_header(out, dtype, sum(lens))
     np.savez(
         folder / "tokens_idx.npz",
         lens=np.array(lens, dtype=np.int32),
@@ -285,13 +285,6 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
         "sizes": {path.name: path.stat().st_size for path in folder.iterdir()},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-
-
-def write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
-    """Of a row of tokens; numpy leaves room for the length to grow, so it can be written before and after."""
-    file.seek(0)
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
 
 
 def _head(files: list[Path], size: int) -> Iterator[str]:

@@ -5,7 +5,6 @@ What has arrived is kept as ``.tmp-NAME.part``, so a second start goes on where 
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import UserError
-from gpt.files import TEMPORARY, Lock, sync_directory, write_json
+from gpt.files import TEMPORARY, Lock, sha256, sync_directory, write_json
 
 BLOCK = 1 << 20
 TIMEOUT_SECONDS = 30.0
@@ -34,15 +33,6 @@ class Wanted:
 
     bytes: int | None = None
     sha256: str | None = None
-
-
-def sha256(path: Path) -> str:
-    """Of the content, block by block."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def problem(path: Path, wanted: Wanted) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -170,13 +170,19 @@ def write(prefix: str, ids: Array, lens: Array, docs: Array, dtype: npt.DTypeLik
     paths = Path(f"{prefix}_ids.npy"), Path(f"{prefix}_idx.npz")
     with atomic_files(*paths) as (ids_path, idx_path):
         with open(ids_path, "wb") as file:
-            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (len(ids),)}
-            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+            write_header(file, np.dtype(dtype), len(ids))
             for start in range(0, len(ids), SCAN_BLOCK):
                 file.write(ids[start : start + SCAN_BLOCK].astype(dtype).data)
         with open(idx_path, "wb") as file:
             np.savez(file, lens=np.asarray(lens, np.int32), docs=np.asarray(docs, np.int64))
     return paths
+
+
+def write_header(file: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
+    """Of a row of tokens; numpy leaves room for the length to grow, so it can be written before and after."""
+    file.seek(0)
+    header = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
 
 
 def _damage(ids: Array, lens: Array, docs: Array) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from gpt.config import UserError
 from gpt.data import download
 from gpt.data.tokenizer import END_OF_TEXT
-from gpt.files import write_atomic
+from gpt.files import sha256, write_atomic
 
 GPT2 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -92,7 +92,7 @@ def _from_pair(vocabulary: Path, merges: Path, cache: Path) -> Path:
     """Make a ``tokenizer.json`` of a byte-level BPE's two files, under a name that is a hash of both."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    digests = [download.sha256(path) for path in (vocabulary, merges)]
+    digests = [sha256(path) for path in (vocabulary, merges)]
     out = cache / "tokenizers" / hashlib.sha256(" ".join(digests).encode()).hexdigest()[:24] / "tokenizer.json"
     if out.is_file():
         return out

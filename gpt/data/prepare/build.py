@@ -26,7 +26,7 @@ from gpt.data.prepare.documents import Record
 from gpt.data.prepare.encode import Chunk, Setup, Workers, read
 from gpt.data.prepare.join import FILES, VAL, join
 from gpt.data.prepare.sources import STDIN, Source
-from gpt.files import TEMPORARY, Lock, write_json
+from gpt.files import TEMPORARY, Lock, sha256, write_json
 
 VERSION = 1
 CHUNK_BYTES = 8 << 20
@@ -145,7 +145,10 @@ def prepare(config: Config, say: Say, show: Callable[[Tally], None], cores: int)
         manifest = {
             "version": VERSION,
             "key": key,
-            "input": [{"path": s.path, "size": s.size, "sha256": _sha256(s.path)} for s in found],
+            "input": [
+                {"path": s.path, "size": s.size, "sha256": None if s.path == STDIN else sha256(Path(s.path))}
+                for s in found
+            ],
             "tokenizer": {"digest": encoder.digest, "vocab": encoder.vocab, "eot": encoder.eot},
             "options": {**options, "seed": config.seed},
             "skipped": dict(sorted(tally.counts.items())),
@@ -339,15 +342,10 @@ def _unchanged(found: list[Source]) -> None:
                 raise Rejected(f"{source.path} changed while it was read; nothing was made. Start again")
 
 
-def _sha256(path: str) -> str | None:
-    """Of a file's bytes; None for standard input."""
-    if path == STDIN:
-        return None
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _described(source: Source) -> dict[str, Any]:
+    """For the manifest; standard input has no hash."""
+    digest = None if source.path == STDIN else sha256(Path(source.path))
+    return {"path": source.path, "size": source.size, "sha256": digest}
 
 
 def _publish(prefix: Path, work: Path, sets: dict[str, dict[str, Any]], manifest: dict[str, Any]) -> None:
@@ -366,5 +364,5 @@ def _publish(prefix: Path, work: Path, sets: dict[str, dict[str, Any]], manifest
             Path(f"{target}_tokenizer{former}").unlink(missing_ok=True)
         os.replace(temporary, f"{target}_tokenizer{vocabulary.suffix}")
         names = [Path(f"{target}{name}") for name in FILES] + [tokenizer_path(target)]
-        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(str(p))} for p in names}
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in names}
         write_json(manifest_path(target), {**manifest, **facts, "files": files})

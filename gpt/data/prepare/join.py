@@ -8,11 +8,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt.data.corpus import write_header
 from gpt.data.order import permute
 from gpt.data.prepare.encode import Setup
 from gpt.data.tokenizer import Encoder
-from gpt.data.tokens import Array
+from gpt.data.tokens import Array, write_header
 
 FILES = ("_ids.npy", "_idx.npz")
 VAL = "_val"
