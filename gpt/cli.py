@@ -14,11 +14,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt.config import Config, UserError
+from gpt import trained
+from gpt.config import Config, Task, UserError
 from gpt.files import cache_dir, conf_dir
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
+TRAINED = [task for task in Task if trained.reads_one(task)]
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -27,6 +29,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("cache_dir", cache_dir, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="hydra/callbacks", name="gate", node={"gate": {"_target_": "gpt.cli.Gate"}})
@@ -38,6 +41,12 @@ def _run_name(*, _root_: DictConfig) -> str:
     assert isinstance(resolved, dict)
     plain = {str(key): value for key, value in resolved.items()}
     return run_name(plain, str(_root_.hydra.runtime.choices.get("parallel")))
+
+
+def _run_dir(*, _root_: DictConfig) -> str:
+    if _root_.get("checkpoint") and _root_.task in TRAINED:
+        return str(trained.home(Path(str(_root_.checkpoint))))
+    return f"outputs/{_run_name(_root_=_root_)}"
 
 
 def job_config(composed: DictConfig) -> DictConfig:

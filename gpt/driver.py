@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import heartbeat, plan, runs
-from gpt.config import Config, Device, Split, Task, UserError, one_rank, world_size
+from gpt import heartbeat, plan, runs, trained
+from gpt.config import Config, Device, Task, UserError, world_size
+from gpt.config_text import Split
 from gpt.console import Console
 from gpt.data import corpus
 from gpt.data.prepare import build
@@ -48,13 +49,13 @@ def gate(config: Config, run_dir: Path) -> None:
         if problems := build.check(config):
             raise UserError.of(problems)
         return
+    if trained.reads_one(config.task):
+        trained.job(config, run_dir)
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
-    else:
-        _trained(config, run_dir)
     if problems:
         raise UserError.of(problems)
 
@@ -141,7 +142,7 @@ def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Cons
 
 
 def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console: Console) -> None:
-    job = _trained(config, run_dir)
+    job = trained.job(config, run_dir)
     if any(o.lstrip("+").startswith(("data=", "data.")) for o in overrides):
         problems = corpus.check(config)
         if problems:
@@ -152,18 +153,6 @@ def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console
     file = run_dir / "logs" / f"{config.task.value}.json"
     dataclasses.replace(job, command=_command(overrides)).write(file)
     _launch(job, file, console, None)
-
-
-def _trained(config: Config, run_dir: Path) -> Job:
-    """The trained run's own job, with this command's task and its settings put in."""
-    job = Job.read(run_dir)
-    if not runs.checkpoint_steps(run_dir):
-        raise UserError(f"{run_dir}: no checkpoint yet; train first (the same command without task=)")
-    for name in ("task", "evaluate", "generate", "cluster", "precision"):
-        setattr(job.config, name, getattr(config, name))
-    if config.task is Task.generate:
-        job.config.parallel = one_rank(job.config).parallel  # whatever topology it was trained on
-    return job
 
 
 @contextmanager

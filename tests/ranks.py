@@ -9,7 +9,8 @@ from typing import Any
 import paddle
 
 from gpt import checkpoint, saving, slices
-from gpt.config import Split, typed, world_size
+from gpt.config import typed, world_size
+from gpt.config_text import Split
 from gpt.data.corpus import Prepared
 from gpt.data.samples import Samples
 from gpt.engine import Engine

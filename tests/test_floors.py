@@ -12,7 +12,8 @@ from conftest import ROOT
 
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
-    {"gpt", "gpt.config", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
+    {"gpt", "gpt.config", "gpt.config_prepare", "gpt.config_text", "gpt.files", "gpt.guard", "gpt.heartbeat"},
+    {"gpt.text", "gpt.text.request"},
     {"gpt.rules", "gpt.plan"},
     {"gpt.support"},
     {
@@ -39,6 +40,7 @@ FLOORS = [
     {"gpt.whole"},
     {"gpt.exchange", "gpt.sharding", "gpt.slices"},
     {"gpt.model", "gpt.runs"},
+    {"gpt.trained"},
     {"gpt.pipeline"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
     {"gpt.engine"},
@@ -54,6 +56,7 @@ NO_PADDLE = [
     "gpt.rules",
     "gpt.plan",
     "gpt.runs",
+    "gpt.trained",
     "gpt.driver",
     "gpt.follow",
     "gpt.cli",

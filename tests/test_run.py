@@ -156,10 +156,14 @@ def test_the_losses_do_not_depend_on_being_recorded_elsewhere(
 
 def test_other_tasks_read_the_run(gpt: Run, whole: Path) -> None:
     where = f"hydra.run.dir={whole}"
-    ran = gpt("task=generate", where, "generate.prompt='The '", "generate.num_samples=2", "generate.max_new_tokens=9")
+    ran = gpt(
+        "task=generate", where, "generate.prompt='The '", "generate.num_return_sequences=2", "generate.max_new_tokens=9"
+    )
     assert ran.code == 0, ran.text
     assert "sample 2 of 2" in ran.out
-    again = gpt("task=generate", where, "generate.prompt='The '", "generate.num_samples=2", "generate.max_new_tokens=9")
+    again = gpt(
+        "task=generate", where, "generate.prompt='The '", "generate.num_return_sequences=2", "generate.max_new_tokens=9"
+    )
     assert again.out == ran.out  # the seed decides
     rows = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert rows[-1]["prompt"] == "The "

@@ -10,7 +10,8 @@ import numpy as np
 import paddle
 
 from gpt import checkpoint
-from gpt.config import Generate, UserError
+from gpt.config import UserError
+from gpt.config_text import Generate
 from gpt.data import tokenizer
 from gpt.data.tokens import Array
 from gpt.engine import Engine
@@ -22,7 +23,7 @@ from gpt.topology import Topology, derive_seed
 
 def run(job: Job) -> int:
     """Continue ``generate.prompt`` with the run's newest checkpoint; returns the exit code."""
-    found = checkpoint.require(job.run_dir, lambda line: say(f"WARNING: {line}"))
+    found = checkpoint.require(Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"))
     if found.tokenizer is None:
         raise UserError(f"{found.path} has no tokenizer; train with data.tokenizer=.../tokenizer.json to sample text")
     engine = Engine(job.config, Topology.connect(job.config), train=False)
@@ -62,13 +63,13 @@ def continuations(job: Job, engine: Engine, vocabulary: Path) -> list[str]:
 
 
 def generate(model: GPT, prompt: list[int], settings: Generate, seed: int, eot: int | None) -> list[list[int]]:
-    """New tokens of ``settings.num_samples`` independent continuations, end-of-text not included.
+    """New tokens of ``settings.num_return_sequences`` independent continuations, end-of-text not included.
 
     When the model's positions are used up, it goes on from the last half of the text.
     """
     model.eval()
     positions = model.config.model.positions
-    rngs = [np.random.default_rng(derive_seed(seed, "sample", i)) for i in range(settings.num_samples)]
+    rngs = [np.random.default_rng(derive_seed(seed, "sample", i)) for i in range(settings.num_return_sequences)]
     rows = [list(prompt) for _ in rngs]
     done = [False] * len(rows)
     new, cache = [row[-positions:] for row in rows], None
