@@ -77,11 +77,12 @@ def _stored(source: Path, run_dir: Path, *, named: bool) -> Job:
     return Job(stored.config, stored.data, run_dir, stored.command)
 
 
-def folder(source: Path) -> Path:
-    """The checkpoint that will probably be read: ``source`` itself, or the newest of a run; a worker looks closer."""
-    if is_checkpoint(source):
-        return source
-    return source / "checkpoints" / f"step_{runs.checkpoint_steps(source)[-1]:08d}"
+def vocabulary(job: Job) -> Path | None:
+    """The tokenizer of the checkpoint that will be read, or of the newest of a run; a worker looks closer."""
+    source = Path(str(job.config.checkpoint))
+    if not is_checkpoint(source):
+        source = source / "checkpoints" / f"step_{runs.checkpoint_steps(source)[-1]:08d}"
+    return next(iter(source.glob("tokenizer.*")), None)
 
 
 def _for_inference(parallel: Parallel) -> Parallel:

@@ -98,12 +98,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished text, without end-of-text and without the stop string; ``logprob`` is the sum over its tokens."""
+    """A finished text.
+
+    Attributes:
+        text: without end-of-text and without the stop string.
+        tokens: that were chosen, those of a stop string too, an end-of-text not.
+        finish: ``stop`` (end-of-text or a stop string) or ``length``.
+        logprobs: of each token, as the model has it (beam search: after the repetition penalty).
+    """
 
     text: str
     tokens: list[int]
     finish: str
-    logprob: float
+    logprobs: list[float]
 
 
 class Writer(Protocol):
