@@ -136,6 +136,21 @@ def gpt(tmp_path: Path) -> Callable[..., Ran]:
     return run
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The run directory of an undisturbed small job; read only."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt.main", *SMALL, "data=text", f"data.path={text}", f"hydra.run.dir={run_dir}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of a run, which must all be whole."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -24,23 +24,6 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., Ran]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """The run directory of an undisturbed small job; read only."""
-    from conftest import SMALL
-
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt.main", *SMALL, "data=text", f"data.path={text}", f"hydra.run.dir={run_dir}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir
-
-
 def final_weights(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     found = checkpoint.newest(run_dir, pytest.fail)
     assert found is not None

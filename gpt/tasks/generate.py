@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +41,40 @@ def _write(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker 
     settings = job.config.generate
     prompts, sampling = texts.read(settings), Sampling.of(settings, job.config.seed)
     live = line if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
+    if live:
+        live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
+    on_piece = (lambda piece: live.show(piece.text)) if live else _beat
+    first = 0
     with _Results(job, writer.step, topology) as results:
-        each = settings.batch_size * topology.replicas
-        for first in range(0, len(prompts), each):
-            if signals.received:
-                return
-            some = prompts[first : first + each]
-            if live:
-                live.show(f"--- sample (step {writer.step:,}) ---\n{some[0]}")
-            mine = some[topology.replica :: topology.replicas]
-            on_piece = (lambda piece: live.show(piece.text)) if live else _beat
-            found = writer.write([writer.encode(p) for p in mine], sampling, on_piece, lambda: not signals.received)
+        for found in in_batches(
+            writer, topology, prompts, sampling, settings.batch_size, on_piece, lambda: not signals.received
+        ):
             if live:
                 live.show("\n")
-            results.take(some, _gathered(topology, found if mine else []), first, show=live is None)
+            results.take(prompts[first : first + len(found)], found, first, show=live is None)
+            first += len(found)
 
 
 def _beat(piece: Piece) -> None:
     heartbeat.beat(piece.tokens, "generate")
+
+
+def in_batches(
+    writer: ModelWriter,
+    topology: Topology,
+    prompts: list[str],
+    sampling: Sampling,
+    size: int,
+    on_piece: Callable[[Piece], None] = _beat,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> Iterator[list[list[Completion]]]:
+    """Texts for ``size`` prompts per replica at a time, on all ranks, as long as ``keep_going`` says so."""
+    for first in range(0, len(prompts), size * topology.replicas):
+        if not keep_going():
+            return
+        some = prompts[first : first + size * topology.replicas]
+        mine = [writer.encode(prompt) for prompt in some[topology.replica :: topology.replicas]]
+        yield _gathered(topology, writer.write(mine, sampling, on_piece, keep_going) if mine else [])
 
 
 def _gathered(topology: Topology, mine: list[list[Completion]]) -> list[list[Completion]]:
