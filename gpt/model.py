@@ -150,7 +150,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
     @property
     def dtype(self) -> str:
         """Element type of activations."""
-        return str(next(iter(self.parameters())).dtype).removeprefix("paddle.")
+        return str(next(iter(self.layers.values())).norm1.weight.dtype).removeprefix("paddle.")
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters by the names that checkpoints, initial values and decay rules use."""
