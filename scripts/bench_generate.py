@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt.config import Config, Device  # noqa: E402
+from gpt.data.tokens import Array  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
 from launchers import host, local  # noqa: E402
 from scripts.bench_train import ask, configuration  # noqa: E402
@@ -44,11 +45,11 @@ class Silent:
     eot: int | None = None
     digest = ""
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str) -> Array:
         """Nothing."""
         return np.zeros(0, dtype=np.int64)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """A letter for each token."""
         return "x" * len(ids)
 
