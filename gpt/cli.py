@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -21,6 +22,7 @@ from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
 TRAINED = [task for task in Task if trained.reads_one(task)]
+FREE_TEXT = ("prompt", "generate.prompt", "notes")
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -113,6 +115,23 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         except CONFIG_ERRORS as problem:
             problems.append(_translate(override, problem))
     return str(UserError.of(problems or [_first_lines(error)]))
+
+
+def with_text_quoted(arguments: list[str]) -> list[str]:
+    """The command's arguments, what is free text quoted as Hydra wants it: commas, brackets and spaces are text there.
+
+    Example:
+        >>> with_text_quoted(["prompt=Hello, (world", "seed=1", "prompt='as it is'"])
+        ['prompt="Hello, (world"', 'seed=1', "prompt='as it is'"]
+    """
+    found = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        if equals and key.lstrip("+") in FREE_TEXT and not quoted:
+            argument = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+        found.append(argument)
+    return found
 
 
 def overrides_of(arguments: list[str]) -> list[str]:

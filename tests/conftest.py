@@ -94,7 +94,7 @@ def small(text: Path) -> list[str]:
 def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     """Configuration and choices, as the command would see them."""
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="gpt"):
-        whole = compose("config", overrides, return_hydra_config=True)
+        whole = compose("config", cli.with_text_quoted(overrides), return_hydra_config=True)
     return cli.job_config(whole), dict(whole.hydra.runtime.choices)
 
 

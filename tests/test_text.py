@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from conftest import SMALL, configured
+from conftest import SMALL, composed, configured
 
+from gpt import cli
 from gpt.config import Device
 from gpt.data.tokens import Array
 from gpt.model import GPT
@@ -318,3 +319,13 @@ def test_impossible_sampling_is_all_named() -> None:
                 "num_return_sequences", "length_penalty"):  # fmt: skip
         assert f"generate.{key}" in text
     assert Sampling(8, 8, 0, 0, 1, 1, (), 2, 2, -1).problems() == []
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Hello, (world)!", "北京 is", "two\nlines", 'it\'s "q"', "end\\", "{a: b}", "The ", "null"]
+)
+def test_a_prompt_is_text_whatever_is_in_it(prompt: str) -> None:
+    config, choices = composed(["data=tokens", "data.path=x", f"prompt={prompt}"])
+    assert cli.checked(config, choices).generate.prompt == prompt
+    config, choices = composed(["data=tokens", "data.path=x", "generate.prompt='as Hydra wants it '"])
+    assert cli.checked(config, choices).generate.prompt == "as Hydra wants it "
