@@ -128,9 +128,8 @@ def with_text_quoted(arguments: list[str]) -> list[str]:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        if equals and key.lstrip("+") in FREE_TEXT and not quoted:
-            argument = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
-        found.append(argument)
+        free = equals and key.lstrip("+") in FREE_TEXT and not quoted
+        found.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}" if free else argument)
     return found
 
 
