@@ -277,7 +277,7 @@ def _sum_up(job: Job, console: Console) -> float | None:
     run = f"hydra.run.dir={shlex.quote(str(_short(job.run_dir)))}"
     console.next_commands(
         [
-            (f"{command} task=generate {run} generate.prompt='import '", "continue a prompt"),
+            (f"{command} task=generate {run} prompt='import '", "continue a prompt"),
             (f"{command} task=evaluate {run} evaluate.split=test", "measure on the test split"),
             (f"{_again(job.command)} {run} trainer.max_steps={more}", "train on"),
             (f"{command} task=plan model=1.3b parallel=dp8", "what would a bigger model need?"),
