@@ -133,5 +133,5 @@ def write(config: dict[str, Any], prompts: list[str], size: int) -> list[list[st
     job = Job(typed(config), empty, Path(), [])
     topology = Topology.connect(job.config)
     writer, sampling = ModelWriter.of(job, topology), Sampling.of(job.config.generate, job.config.seed)
-    batches = in_batches(writer, topology, prompts, sampling, size)
+    batches = in_batches(writer, topology, prompts, sampling, size, lambda piece: None, lambda: True)
     return [[text.text for text in texts] for batch in batches for texts in batch]

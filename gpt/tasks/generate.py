@@ -43,8 +43,7 @@ def _write(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker 
     live = line if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
     if live:
         live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
-    on_piece = (lambda piece: live.show(piece.text)) if live else _beat
-    first = 0
+    on_piece, first = _Shown(live), 0
     with _Results(job, writer.step, topology) as results:
         for found in in_batches(
             writer, topology, prompts, sampling, settings.batch_size, on_piece, lambda: not signals.received
@@ -55,18 +54,14 @@ def _write(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker 
             first += len(found)
 
 
-def _beat(piece: Piece) -> None:
-    heartbeat.beat(piece.tokens, "generate")
-
-
 def in_batches(
     writer: ModelWriter,
     topology: Topology,
     prompts: list[str],
     sampling: Sampling,
     size: int,
-    on_piece: Callable[[Piece], None] = _beat,
-    keep_going: Callable[[], bool] = lambda: True,
+    on_piece: Callable[[Piece], None],
+    keep_going: Callable[[], bool],
 ) -> Iterator[list[list[Completion]]]:
     """Texts for ``size`` prompts per replica at a time, on all ranks, as long as ``keep_going`` says so."""
     for first in range(0, len(prompts), size * topology.replicas):
