@@ -51,4 +51,10 @@ class Serve:
     """Of ``task=serve``."""
 
     host: str = MISSING
-    port: int = MISSING
+    port: int = MISSING  # 0: any that is free
+    api_key_env: str | None = None  # name of the environment variable with the key that clients must send
+    queue: int = MISSING  # requests that may wait while another one is answered
+    queue_seconds: float = MISSING  # how long one may wait
+    max_body: int = MISSING  # bytes of a request
+    max_texts: int = MISSING  # prompts x texts (or beams) of a request
+    max_tokens: int | None = None  # new tokens of a text; null: as many as the model has positions

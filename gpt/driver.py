@@ -22,7 +22,7 @@ from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
 from gpt.optim import lr_at
 from gpt.runs import Job
-from gpt.text import prompts
+from gpt.text import listen, prompts
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
 from launchers.places import Place
@@ -55,6 +55,8 @@ def gate(config: Config, run_dir: Path) -> None:
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
+    if config.task is Task.serve:
+        problems += listen.problems(config.serve)
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
     if job and config.task is Task.generate:

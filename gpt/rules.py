@@ -115,6 +115,7 @@ def rule_problems(config: Config) -> list[str]:
         *_batch(config),
         *_data(config),
         *(_prepare(config) if config.task is Task.prepare else ()),
+        *(_serve(config) if config.task is Task.serve else ()),
     ]
 
 
@@ -130,7 +131,9 @@ def _ranges(config: Config) -> Iterator[str]:
         "trainer.max_steps": 1, "trainer.micro_batch_size": 1, "trainer.global_batch_size": 1,
         "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
         "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
-        "generate.batch_size": 1, "serve.port": 0, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
+        "generate.batch_size": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
+        "serve.port": 0, "serve.queue": 1, "serve.queue_seconds": 0, "serve.max_body": 1, "serve.max_texts": 1,
+        "serve.max_tokens": 1,
         "prepare.min_length": 1, "prepare.limit": 1, "prepare.workers": 1,
     }  # fmt: skip
     for key, low in at_least.items():
@@ -273,6 +276,19 @@ def _prepare(config: Config) -> Iterator[str]:
             re.compile(str(prepare.separator))
         except re.error as error:
             yield f"prepare.separator={prepare.separator}: not a regular expression ({error})"
+
+
+def _serve(config: Config) -> Iterator[str]:
+    if config.serve.port > 65535:
+        yield f"serve.port={config.serve.port}: at most 65535"
+    if not config.serve.queue_seconds < float("inf"):
+        yield f"serve.queue_seconds={config.serve.queue_seconds}: a number of seconds"
+    if replicas(config) > 1:
+        yield (
+            f"task=serve: parallel.dp_degree={config.parallel.dp_degree} and parallel.sharding_degree="
+            f"{config.parallel.sharding_degree} would make {replicas(config)} copies of the model that answer the same "
+            "request: start as many servers with other ports behind a balancer; mp and pp degrees share one model out"
+        )
 
 
 def _nearest_divisor(of: int, near: int) -> int:

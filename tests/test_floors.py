@@ -15,7 +15,8 @@ FLOORS = [
     {"gpt", "gpt.config", "gpt.config_prepare", "gpt.config_text", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.text", "gpt.text.request", "gpt.talk"},
     {"gpt.rules", "gpt.plan"},
-    {"gpt.support"},
+    {"gpt.support", "gpt.text.listen", "gpt.text.desk", "gpt.text.bodies"},
+    {"gpt.text.server"},
     {
         "gpt.data",
         "gpt.data.megatron",
@@ -48,7 +49,7 @@ FLOORS = [
     {"gpt.meter", "launchers", "launchers.host", "launchers.places", "launchers.ending", "launchers.watchdog"},
     {"launchers.local", "launchers.roles"},
     {"launchers.group"},
-    {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
+    {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain", "gpt.tasks.serve"},
     {"gpt.worker", "gpt.driver", "gpt.follow", "gpt.cli"},
     {"gpt.main"},
 ]

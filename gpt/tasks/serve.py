@@ -1,0 +1,156 @@
+"""Serve: answer completions over HTTP, one request at a time; all ranks do what the first takes from its desk."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import traceback
+from typing import TYPE_CHECKING, TypeVar
+
+from gpt import heartbeat
+from gpt.guard import Signals
+from gpt.log import say
+from gpt.runs import Job
+from gpt.text import listen
+from gpt.text.desk import BrokenError, Desk, Done, Order, UnavailableError, Wish
+from gpt.text.request import Completion, Scorer, Writer
+from gpt.topology import Topology
+
+if TYPE_CHECKING:
+    from gpt.text.server import Front, Service
+
+T = TypeVar("T")
+
+LOOK_SECONDS = 0.1  # for a signal, while nobody asks
+IDLE_SECONDS = 5.0  # between signs of life to the other ranks, which wait in a collective
+FINISH_SECONDS = 10.0  # for the request that a signal finds at work
+
+
+def run(job: Job, signals: Signals) -> int:
+    """Answer until a signal comes; returns the exit code."""
+    heartbeat.beat(0, "connect")
+    topology = Topology.connect(job.config)
+    from gpt.text.writer import ModelWriter
+
+    if topology.rank > 0:
+        return Loop(topology, ModelWriter.of(job, topology), signals).run()
+    desk = Desk(job.config.serve.queue)
+    service, front, url = _open(job, desk)  # which says from now on that the model is loading
+    try:
+        heartbeat.beat(0, "load")
+        writer = ModelWriter.of(job, topology)
+        service.open(writer)
+        say(f"ready: {url}/v1 has the model {job.config.model.name}; docs/serve.md shows how to ask, Ctrl-C ends it")
+        return Loop(topology, writer, signals, desk).run()
+    finally:
+        desk.close()
+        front.close()
+
+
+def _open(job: Job, desk: Desk) -> tuple[Service, Front, str]:
+    """The routes, at their address, and what a client calls it."""
+    from gpt.text.server import Front, Service
+
+    settings = job.config.serve
+    key = os.environ[settings.api_key_env] if settings.api_key_env else None
+    listener = listen.bind(settings)
+    if key is None and not listen.is_loopback(listener):
+        say(
+            f"WARNING: serve.host={settings.host} lets other machines ask, and nothing keeps anyone out: "
+            "serve.api_key_env=NAME makes them send the key that is in that environment variable"
+        )
+    service = Service(settings, job.config.generate, job.config.model.name, desk, key)
+    return service, Front(service, listener), listen.url(listener)
+
+
+class Loop:
+    """One rank at work. ``desk`` is the first rank's; the others are told what it takes."""
+
+    def __init__(self, topology: Topology, writer: Writer, signals: Signals, desk: Desk | None = None) -> None:
+        self._topology = topology
+        self._writer = writer
+        self._signals = signals
+        self._desk = desk
+        self._latest = 0.0
+        self._answered = 0
+
+    def run(self) -> int:
+        """Until a signal comes to the first rank; returns the exit code."""
+        for turn in itertools.count(1):
+            order = self._next(self._desk) if self._desk else None
+            code = self._signals.exit_code if self._signals.received and order is None else 0
+            wish, code = self._told((order.wish if order else None, code))
+            heartbeat.beat(turn, "answer" if wish else "idle")
+            if code:
+                return code
+            if wish:
+                self._answer(turn, wish, order)
+        raise AssertionError
+
+    def _next(self, desk: Desk) -> Order | None:
+        """An order; None if there is a signal, or the other ranks must not wait any longer."""
+        until = time.monotonic() + IDLE_SECONDS
+        while not self._signals.received and time.monotonic() < until:
+            if order := desk.take(LOOK_SECONDS):
+                return order
+        return None
+
+    def _told(self, what: T) -> T:
+        """What the first rank says."""
+        if self._topology.hcg is None:
+            return what
+        import paddle.distributed as dist
+
+        said = [what]
+        dist.broadcast_object_list(said, src=0)
+        return said[0]
+
+    def _answer(self, turn: int, wish: Wish, order: Order | None) -> None:
+        began = time.perf_counter()
+        news: Done | UnavailableError | BrokenError = BrokenError()
+        try:
+            news = self._written(turn, wish, order)
+        except Exception:
+            if self._topology.hcg is not None:  # the other ranks may be somewhere else now
+                raise
+            traceback.print_exc()
+        finally:
+            if self._desk:
+                self._desk.done(news)
+        read = sum(map(len, wish.prompts))
+        new = sum(len(text.tokens) for texts in news.texts for text in texts) if isinstance(news, Done) else 0
+        how = "answered" if isinstance(news, Done) else "client gone" if order and order.gone else "not answered"
+        self._answered += 1
+        say(f"request {self._answered}: {read:,} tokens in, {new:,} out, {time.perf_counter() - began:.2f} s, {how}")
+
+    def _written(self, turn: int, wish: Wish, order: Order | None) -> Done | UnavailableError:
+        """All ranks together: the texts, and what the model thinks of them."""
+        stopped = False
+
+        def keep_going() -> bool:
+            nonlocal stopped
+            heartbeat.beat(turn, "token")
+            stopped = self._topology.totals(float(order is not None and (order.gone or self._late())))[0] > 0
+            return not stopped
+
+        texts = [[Completion("", [], "length", 0.0)] for _ in wish.prompts]
+        if wish.sampling:
+            on_piece = order.tell if order and wish.pieces else None
+            texts = self._writer.write(wish.prompts, wish.sampling, on_piece, keep_going)
+        if stopped:
+            return UnavailableError("the server is closing")
+        if not wish.scores:
+            return Done(texts)
+        assert isinstance(self._writer, Scorer)
+        heartbeat.beat(turn, "score")
+        rows = [p + text.tokens for p, mine in zip(wish.prompts, texts, strict=True) for text in mine]
+        scored = iter(self._writer.score(rows))
+        return Done(texts, [[next(scored) for _ in mine] for mine in texts])
+
+    def _late(self) -> bool:
+        """Whether a signal came and the time to finish is over."""
+        if self._signals.received and not self._latest and self._desk:
+            self._desk.close()
+            self._latest = time.monotonic() + FINISH_SECONDS
+        return 0 < self._latest < time.monotonic()
