@@ -61,7 +61,7 @@ class Parrot:
             for p, prompt in enumerate(prompts):
                 for s in range(sampling.num_return_sequences):
                     text = self.decode(self._tokens(prompt, s, self.written)[-1:])
-                    if on_piece:
+                    if on_piece and sampling.num_beams == 1:
                         finish = "length" if self.written == sampling.max_new_tokens else None
                         on_piece(Piece(p, s, text, self.written, finish))
         return [[self._completion(prompt, s) for s in range(sampling.num_return_sequences)] for prompt in prompts]
@@ -71,7 +71,7 @@ class Parrot:
 
     def _completion(self, prompt: list[int], ahead: int) -> Completion:
         tokens = self._tokens(prompt, ahead, self.written)
-        return Completion(self.decode(tokens), tokens, "length", 0.0)
+        return Completion(self.decode(tokens), tokens, "length", [0.0] * len(tokens))
 
 
 class Judge(Parrot):

@@ -44,7 +44,7 @@ FLOORS = [
     {"gpt.trained", "gpt.text.choice", "gpt.text.growing", "gpt.text.prompts", "gpt.text.decoder"},
     {"gpt.pipeline"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
-    {"gpt.engine", "gpt.text.search", "gpt.text.beams"},
+    {"gpt.engine", "gpt.text.search", "gpt.text.beams", "gpt.text.scoring"},
     {"gpt.text.writer"},
     {"gpt.meter", "launchers", "launchers.host", "launchers.places", "launchers.ending", "launchers.watchdog"},
     {"launchers.local", "launchers.roles"},

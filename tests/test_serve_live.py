@@ -241,7 +241,7 @@ def test_a_request_that_would_take_long_is_cut_by_a_signal(monkeypatch: pytest.M
 @pytest.mark.slow
 def test_all_ranks_write_the_same_and_stop_together() -> None:
     config = plain(configured(["parallel=mp2", "task=serve"]))
-    first, second = harness.run("ranks:serve", 2, config)
+    first, second = harness.run("ranks_serve:serve", 2, config)
     for cut in (False, True):
         assert first[cut]["written"] == second[cut]["written"] == ([5] if cut else [10, 5, 10])
         assert first[cut]["code"] == second[cut]["code"] == (143 if cut else 130)

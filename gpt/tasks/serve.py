@@ -6,21 +6,21 @@ import itertools
 import os
 import time
 import traceback
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from gpt import heartbeat
+from gpt import heartbeat, stages
 from gpt.guard import Signals
 from gpt.log import say
 from gpt.runs import Job
 from gpt.text import listen
 from gpt.text.desk import BrokenError, Desk, Done, Order, UnavailableError, Wish
-from gpt.text.request import Completion, Scorer, Writer
+from gpt.text.request import Completion, Piece, Scorer, Writer
+from gpt.text.writer import ModelWriter
 from gpt.topology import Topology
 
 if TYPE_CHECKING:
     from gpt.text.server import Front, Service
-
-T = TypeVar("T")
 
 LOOK_SECONDS = 0.1  # for a signal, while nobody asks
 IDLE_SECONDS = 5.0  # between signs of life to the other ranks, which wait in a collective
@@ -31,8 +31,6 @@ def run(job: Job, signals: Signals) -> int:
     """Answer until a signal comes; returns the exit code."""
     heartbeat.beat(0, "connect")
     topology = Topology.connect(job.config)
-    from gpt.text.writer import ModelWriter
-
     if topology.rank > 0:
         return Loop(topology, ModelWriter.of(job, topology), signals).run()
     desk = Desk(job.config.serve.queue)
@@ -79,8 +77,10 @@ class Loop:
         """Until a signal comes to the first rank; returns the exit code."""
         for turn in itertools.count(1):
             order = self._next(self._desk) if self._desk else None
-            code = self._signals.exit_code if self._signals.received and order is None else 0
-            wish, code = self._told((order.wish if order else None, code))
+            over = self._signals.exit_code if self._signals.received and order is None else 0
+            said: tuple[Wish | None, int] = (order.wish if order else None, over)
+            said = stages.from_first(self._topology, said)
+            wish, code = said
             heartbeat.beat(turn, "answer" if wish else "idle")
             if code:
                 return code
@@ -95,16 +95,6 @@ class Loop:
             if order := desk.take(LOOK_SECONDS):
                 return order
         return None
-
-    def _told(self, what: T) -> T:
-        """What the first rank says."""
-        if self._topology.hcg is None:
-            return what
-        import paddle.distributed as dist
-
-        said = [what]
-        dist.broadcast_object_list(said, src=0)
-        return said[0]
 
     def _answer(self, turn: int, wish: Wish, order: Order | None) -> None:
         began = time.perf_counter()
@@ -134,10 +124,13 @@ class Loop:
             stopped = self._topology.totals(float(order is not None and (order.gone or self._late())))[0] > 0
             return not stopped
 
-        texts = [[Completion("", [], "length", 0.0)] for _ in wish.prompts]
+        texts = [[Completion("", [], "length", [])] for _ in wish.prompts]
         if wish.sampling:
             on_piece = order.tell if order and wish.pieces else None
             texts = self._writer.write(wish.prompts, wish.sampling, on_piece, keep_going)
+            if on_piece and wish.sampling.num_beams > 1:  # which come whole
+                for piece in _pieces(texts):
+                    on_piece(piece)
         if stopped:
             return UnavailableError("the server is closing")
         if not wish.scores:
@@ -154,3 +147,10 @@ class Loop:
             self._desk.close()
             self._latest = time.monotonic() + FINISH_SECONDS
         return 0 < self._latest < time.monotonic()
+
+
+def _pieces(texts: list[list[Completion]]) -> Iterator[Piece]:
+    """Each text as one."""
+    for prompt, mine in enumerate(texts):
+        for sequence, text in enumerate(mine):
+            yield Piece(prompt, sequence, text.text, len(text.tokens), text.finish)

@@ -151,7 +151,7 @@ class Writer(Protocol):
         Args:
             prompts: continued side by side; each gets the text that it would get alone.
             sampling: without ``problems``.
-            on_piece: told of parts as they come (beam search: only whole texts).
+            on_piece: told of parts as they come; not in a beam search.
             keep_going: asked before every token; when it says False, what is there is returned.
         """
 
