@@ -10,23 +10,30 @@ from typing import Any
 from served import Heard, Judge
 
 from gpt.config import typed
+from gpt.model import GPT
 from gpt.tasks import serve as task
+from gpt.text import scoring
 from gpt.text.desk import Desk, Order, Wish
 from gpt.text.request import Sampling
 from gpt.topology import Topology
 
 
-def serve(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Twice: what this rank wrote for the first one's three clients, what those were told, and the exit code.
-
-    The second client leaves after four tokens, the third wants scores, a signal comes when all are answered; the second
-    time it comes during the first request, which has no time to finish.
-    """
+def serve(config: dict[str, Any], texts: list[list[int]]) -> dict[str, Any]:
+    """What ``_served`` says, without and with a cut, and what a model's scores of texts are."""
     topology = Topology.connect(typed(config))
-    return [_served(topology, cut) for cut in (False, True)]
+    served = [_served(topology, cut) for cut in (False, True)]
+    model = GPT(typed(config), topology)
+    model.initialise()
+    model.eval()
+    return {"served": served, "scores": [dataclasses.astuple(s) for s in scoring.score(model, texts)]}
 
 
 def _served(topology: Topology, cut: bool) -> dict[str, Any]:
+    """What this rank wrote for the first one's three clients, what those were told, and the exit code.
+
+    The second client leaves after four tokens, the third wants scores, a signal comes when all are answered; with
+    ``cut`` it comes during the first request, which has no time to finish.
+    """
     task.IDLE_SECONDS, task.FINISH_SECONDS = 0.3, 0.0
     writer, heard, told, written = Judge(), Heard(), [], []
     desk = Desk(9) if topology.rank == 0 else None

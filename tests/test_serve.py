@@ -163,6 +163,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperature below zero": ({"temperature": -1}, "temperature=-1.0: must be at least 0"),
     "temperature too large for a float": ({"temperature": 10**400}, "temperature: a number, not 1000"),
     "top_p": ({"top_p": 0}, "top_p=0.0: from more than 0 up to 1"),
+    "repetition_penalty": ({"repetition_penalty": 1e-9}, "repetition_penalty=1e-09: from 0.01 to 100"),
+    "length_penalty": ({"length_penalty": -400}, "length_penalty=-400.0: from -10 to 10"),
     "no tokens": ({"max_tokens": 0}, "max_tokens=0: must be at least 1"),
     "more tokens than positions": ({"max_tokens": 62}, "max_tokens=62: at most 61; the model has 64 positions"),
     "a long prompt": ({"prompt": "a" * 64}, "prompt: its 64 tokens leave no room in the model's 64 positions"),
@@ -241,6 +243,8 @@ def test_a_body_that_is_no_json_object_is_refused(served: Served, content: str) 
 def test_what_is_not_there_says_what_is(served: Served) -> None:
     missing = served.client.post("/v1/chat/completions", json={})
     assert "POST /v1/completions" in refused(missing, 404)["message"]
+    slash = served.client.post("/v1/completions/", json={"prompt": "a"}, follow_redirects=False)
+    assert "not found" in refused(slash, 404)["message"]
     wrong = served.client.get("/v1/completions")
     assert "method not allowed: GET /v1/completions" in refused(wrong, 405)["message"]
     assert wrong.headers["allow"] == "POST"

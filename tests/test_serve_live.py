@@ -20,12 +20,13 @@ import openai
 import pytest
 from conftest import configured
 from served import SECONDS, Judge, Served, serving, settings
+from test_scoring import TEXTS, model_of
 from test_serve import refused
 
 from gpt.config import plain
 from gpt.rules import rule_problems
 from gpt.tasks import serve
-from gpt.text import listen
+from gpt.text import listen, scoring
 from gpt.text.desk import Desk
 from gpt.text.server import Front, Service
 
@@ -239,15 +240,22 @@ def test_a_request_that_would_take_long_is_cut_by_a_signal(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_all_ranks_write_the_same_and_stop_together() -> None:
-    config = plain(configured(["parallel=mp2", "task=serve"]))
-    first, second = harness.run("ranks_serve:serve", 2, config)
+def test_all_ranks_write_the_same_stop_together_and_score_as_one_does(small: list[str]) -> None:
+    wide = [*small, "model.init_std=0.3", "task=serve"]
+    config = plain(configured([*wide, "parallel.mp_degree=2", "parallel.pp_degree=2"]))
+    ranks = harness.run("ranks_serve:serve", 4, config, TEXTS)
     for cut in (False, True):
-        assert first[cut]["written"] == second[cut]["written"] == ([5] if cut else [10, 5, 10])
-        assert first[cut]["code"] == second[cut]["code"] == (143 if cut else 130)
-        assert second[cut]["told"] == []
-        ends = ["UnavailableError"] * 3 if cut else ["Done", "UnavailableError", "Done"]
-        assert [news for news in first[cut]["told"] if news != "Begun"] == ends
+        for rank, served in enumerate(said["served"][cut] for said in ranks):
+            assert served["written"] == ([5] if cut else [10, 5, 10])
+            assert served["code"] == (143 if cut else 130)
+            ends = ["UnavailableError"] * 3 if cut else ["Done", "UnavailableError", "Done"]
+            assert [news for news in served["told"] if news != "Begun"] == ([] if rank else ends)
+    alone = scoring.score(model_of(configured(wide)), TEXTS)
+    for said in ranks:
+        for together, (logprobs, best, tops) in zip(alone, said["scores"], strict=True):
+            assert logprobs == pytest.approx(together.logprobs, abs=1e-4)
+            assert tops == pytest.approx(together.best_logprobs, abs=1e-4)
+            assert best == together.best
 
 
 # --- the address ---

@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
+from signal import Signals as Signal
 from typing import TYPE_CHECKING
 
 from gpt import heartbeat, stages
@@ -40,7 +41,9 @@ def run(job: Job, signals: Signals) -> int:
         writer = ModelWriter.of(job, topology)
         service.open(writer)
         say(f"ready: {url}/v1 has the model {job.config.model.name}; docs/serve.md shows how to ask, Ctrl-C ends it")
-        return Loop(topology, writer, signals, desk).run()
+        code = Loop(topology, writer, signals, desk).run()
+        say(f"stopped by {Signal(code - 128).name}")
+        return code
     finally:
         desk.close()
         front.close()
@@ -108,11 +111,10 @@ class Loop:
         finally:
             if self._desk:
                 self._desk.done(news)
-        read = sum(map(len, wish.prompts))
-        new = sum(len(text.tokens) for texts in news.texts for text in texts) if isinstance(news, Done) else 0
-        how = "answered" if isinstance(news, Done) else "client gone" if order and order.gone else "not answered"
         self._answered += 1
-        say(f"request {self._answered}: {read:,} tokens in, {new:,} out, {time.perf_counter() - began:.2f} s, {how}")
+        if self._desk:
+            read = sum(map(len, wish.prompts))
+            say(f"request {self._answered}: {read:,} tokens in, {_end(news)}, {time.perf_counter() - began:.2f} s")
 
     def _written(self, turn: int, wish: Wish, order: Order | None) -> Done | UnavailableError:
         """All ranks together: the texts, and what the model thinks of them."""
@@ -132,7 +134,7 @@ class Loop:
                 for piece in _pieces(texts):
                     on_piece(piece)
         if stopped:
-            return UnavailableError("the server is closing")
+            return UnavailableError("the client is gone" if order and order.gone else "the server is closing")
         if not wish.scores:
             return Done(texts)
         assert isinstance(self._writer, Scorer)
@@ -154,3 +156,10 @@ def _pieces(texts: list[list[Completion]]) -> Iterator[Piece]:
     for prompt, mine in enumerate(texts):
         for sequence, text in enumerate(mine):
             yield Piece(prompt, sequence, text.text, len(text.tokens), text.finish)
+
+
+def _end(news: Done | UnavailableError | BrokenError) -> str:
+    """How a request ended, for the log."""
+    if isinstance(news, Done):
+        return f"{sum(len(text.tokens) for texts in news.texts for text in texts):,} out"
+    return "failed" if isinstance(news, BrokenError) else str(news)

@@ -58,10 +58,10 @@ class Sampling:
         ]
         if not 0 < self.top_p <= 1:
             found.append(f"{called('top_p')}={self.top_p}: from more than 0 up to 1 (1: off)")
-        if not 0 < self.repetition_penalty < float("inf"):
-            found.append(f"{called('repetition_penalty')}={self.repetition_penalty}: must be more than 0 (1: off)")
-        if not abs(self.length_penalty) < float("inf"):
-            found.append(f"{called('length_penalty')}={self.length_penalty}: a number")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            found.append(f"{called('repetition_penalty')}={self.repetition_penalty}: from 0.01 to 100 (1: off)")
+        if not abs(self.length_penalty) <= 10:  # length^this is divided by
+            found.append(f"{called('length_penalty')}={self.length_penalty}: from -10 to 10")
         if self.min_new_tokens > self.max_new_tokens:
             least, most = called("min_new_tokens"), called("max_new_tokens")
             found.append(f"{least}={self.min_new_tokens} is more than {most}={self.max_new_tokens}")

@@ -64,6 +64,7 @@ class Service:
             ],
             exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _our_error},
         )
+        self.app.router.redirect_slashes = False
 
     def open(self, writer: Writer) -> None:
         """The model is there: take orders."""
