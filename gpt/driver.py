@@ -55,12 +55,12 @@ def gate(config: Config, run_dir: Path) -> None:
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
-    if config.task is Task.serve:
-        problems += listen.problems(config.serve)
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
     if job and config.task is Task.generate:
         problems += prompts.check(job.config, trained.vocabulary(job))
+    if job and config.task is Task.serve:
+        problems += listen.problems(config.serve) + ([] if trained.vocabulary(job) else [prompts.NO_TEXT])
     if problems:
         raise UserError.of(problems)
 

@@ -132,7 +132,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
         "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
         "generate.batch_size": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
-        "serve.port": 0, "serve.queue": 1, "serve.queue_seconds": 0, "serve.max_body": 1, "serve.max_texts": 1,
+        "serve.port": 0, "serve.queue": 1, "serve.max_body": 1, "serve.max_texts": 1,
         "serve.max_tokens": 1,
         "prepare.min_length": 1, "prepare.limit": 1, "prepare.workers": 1,
     }  # fmt: skip
@@ -281,8 +281,8 @@ def _prepare(config: Config) -> Iterator[str]:
 def _serve(config: Config) -> Iterator[str]:
     if config.serve.port > 65535:
         yield f"serve.port={config.serve.port}: at most 65535"
-    if not config.serve.queue_seconds < float("inf"):
-        yield f"serve.queue_seconds={config.serve.queue_seconds}: a number of seconds"
+    if not 0 < config.serve.queue_seconds < float("inf"):
+        yield f"serve.queue_seconds={config.serve.queue_seconds}: must be more than 0"
     if replicas(config) > 1:
         yield (
             f"task=serve: parallel.dp_degree={config.parallel.dp_degree} and parallel.sharding_degree="

@@ -149,6 +149,17 @@ def test_a_client_that_goes_while_it_waits_gives_its_place_back() -> None:
     assert len(served.writer.asked) == 1
 
 
+def test_a_client_that_goes_before_it_has_said_all_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    with live() as (served, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), SECONDS) as connection:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99"
+            connection.sendall(head.encode() + b'\r\n\r\n{"prompt": ')
+            until(lambda: served.desk.state == "ready")
+        assert ask(url).status_code == 200
+    assert [record for record in caplog.records if record.name.startswith("uvicorn") and record.levelno > 20] == []
+
+
 def test_pieces_come_while_the_text_is_written() -> None:
     with live() as (served, url), held(served.writer) as (there, go):
         body = {"prompt": "abc", "max_tokens": 6, "stream": True}
@@ -302,7 +313,14 @@ def test_copies_of_the_model_and_limits_out_of_range_are_refused() -> None:
     bad = dataclasses.replace(good, serve=dataclasses.replace(good.serve, port=70000, queue=0, max_tokens=0))
     bad.parallel = dataclasses.replace(bad.parallel, dp_degree=2)
     problems = "\n".join(rule_problems(bad))
-    for words in ("serve.port=70000: at most 65535", "serve.queue=0: must be at least 1", "serve.max_tokens=0: must"):
+    bad.serve.queue_seconds = 0
+    problems += "\n".join(rule_problems(bad))
+    for words in (
+        "serve.queue_seconds=0: must be more",
+        "serve.port=70000: at most 65535",
+        "serve.queue=0: must be at least 1",
+        "serve.max_tokens=0: must",
+    ):
         assert words in problems
     assert "would make 2 copies of the model" in problems
     assert "parallel.dp_degree=2" in problems

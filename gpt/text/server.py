@@ -29,7 +29,7 @@ from gpt.text.bodies import Answers, ApiError
 from gpt.text.desk import Begun, BrokenError, Desk, Done, News, Order, UnavailableError, Wish
 from gpt.text.request import Piece, Writer
 
-RETRY_SECONDS = "2"  # when a client may come back that found no place
+RETRY = {"Retry-After": "2"}  # seconds
 LEAVE_SECONDS = 3  # for answers to reach their clients when the server ends
 DISCARDED = 64 << 20  # bytes of a body too large that are read, so that the client gets to read why
 STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies pass pieces on as they come
@@ -62,7 +62,12 @@ class Service:
                 Route("/v1/models/{name:path}", self._model_of, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
             ],
-            exception_handlers={HTTPException: _http_error, ApiError: _api_error, Exception: _our_error},
+            exception_handlers={
+                HTTPException: _http_error,
+                ApiError: _api_error,
+                ClientDisconnect: _nobody,
+                Exception: _our_error,
+            },
         )
         self.app.router.redirect_slashes = False
 
@@ -103,13 +108,10 @@ class Service:
         check = functools.partial(bodies.parse, body, self._model, self._defaults, self._settings, self._writer)
         asked = await run_in_threadpool(check)  # a long prompt takes a while to encode
         answers, visit = Answers(asked, self._model, self._writer), Visit(asked.wish, self._desk, request)
-        try:
-            await visit.turn(self._settings.queue_seconds)
-            if asked.stream:
-                return StreamingResponse(_events(visit, answers), headers=STREAM, media_type="text/event-stream")
-            done = await visit.news()
-        except ClientDisconnect:
-            return Response(status_code=NOBODY)
+        await visit.turn(self._settings.queue_seconds)
+        if asked.stream:
+            return StreamingResponse(_events(visit, answers), headers=STREAM, media_type="text/event-stream")
+        done = await visit.news()
         assert isinstance(done, Done)
         visit.end()
         return JSONResponse(answers.whole(done))
@@ -238,8 +240,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": RETRY_SECONDS}}.get(error.status)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: RETRY, 504: RETRY}.get(error.status)
     return JSONResponse(error.body, error.status, headers)
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    """The client has gone, also where its body was still awaited."""
+    return Response(status_code=NOBODY)
 
 
 async def _our_error(request: Request, error: Exception) -> Response:
