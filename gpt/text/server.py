@@ -113,12 +113,11 @@ class Service:
             return StreamingResponse(_events(visit, answers), headers=STREAM, media_type="text/event-stream")
         done = await visit.news()
         assert isinstance(done, Done)
-        visit.end()
         return JSONResponse(answers.whole(done))
 
 
 class Visit:
-    """An order from where it is put down to its end, or until its client has gone.
+    """An order, wanted for as long as its client waits for an answer.
 
     Raises:
         ApiError: there is no place.
@@ -140,6 +139,7 @@ class Visit:
         self._watch = asyncio.create_task(self._until_gone(request))
 
     async def _until_gone(self, request: Request) -> None:
+        """Until the connection is closed, or whatever answer has been sent."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._desk.leave(self._order)
@@ -155,7 +155,6 @@ class Visit:
         try:
             await asyncio.wait_for(self.news(), seconds)
         except asyncio.TimeoutError as error:
-            self.end()
             message = f"the request waited {seconds:g} s for its turn (serve.queue_seconds); try again later"
             raise ApiError(504, message) from error
 
@@ -169,16 +168,10 @@ class Visit:
         news = await self._news.get()
         if isinstance(news, Begun | Piece | Done):
             return news
-        self.end()
         if news is None:
             raise ClientDisconnect
         broken = isinstance(news, BrokenError)
         raise ApiError(500, OURS) if broken else ApiError(503, f"{news}; try again later")
-
-    def end(self) -> None:
-        """Nothing more is wanted."""
-        self._watch.cancel()
-        self._desk.leave(self._order)
 
 
 async def _events(visit: Visit, answers: Answers) -> AsyncIterator[str]:
@@ -200,8 +193,6 @@ async def _events(visit: Visit, answers: Answers) -> AsyncIterator[str]:
         yield event(error.body)
     except ClientDisconnect:
         return
-    finally:
-        visit.end()
 
 
 async def _json(request: Request, most: int) -> Any:
