@@ -226,6 +226,11 @@ def test_every_problem_is_told_at_once_and_one_names_its_field(served: Served) -
     assert refused(served.post(top_p=2), 400)["param"] == "top_p"
 
 
+def test_a_message_stays_short_whatever_is_sent(served: Served) -> None:
+    error = refused(served.post(**{f"{i}{'x' * 99}": 0 for i in range(999)}), 400)
+    assert len(error["message"]) < 500
+
+
 def test_another_model_is_not_here(served: Served) -> None:
     error = refused(served.post(model="gpt-4"), 404)
     assert error["code"] == "model_not_found"

@@ -32,6 +32,7 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "suffix": ("",)
 }  # fmt: skip
 MOST_STOPS = 16
+MOST_UNKNOWN = 5  # fields that a message names
 LARGE = 1e9  # no setting is sensible beyond, and a float is not exact
 
 
@@ -94,9 +95,8 @@ class _Reader:
 
     def fields(self) -> None:
         """Note those that are unknown, or would have an effect that is not supported."""
-        for field in self._body:
-            if field not in FIELDS:
-                self.wrong(field[:60], f"unknown field {_shown(field)}{suggest(field[:60], FIELDS)}")
+        for field in [field for field in self._body if field not in FIELDS][:MOST_UNKNOWN]:
+            self.wrong(field[:60], f"unknown field {_shown(field)}{suggest(field[:60], FIELDS)}")
         for field, harmless in WITHOUT_EFFECT.items():
             if self.says(field) and self._body[field] not in harmless:
                 self.wrong(field, f"{field} is not supported: leave it out")
