@@ -35,5 +35,5 @@ class Evaluate:
     json_key: str = MISSING  # where in such a line the text is
     detokenizer: Detokenizer = MISSING  # of kind=text
     stride: int | None = None  # tokens that are new in each window; None: windows side by side
-    batch_size: int | None = None  # windows or passages of one forward pass; None: the run's micro batch
+    batch_size: int = MISSING  # windows or passages of one forward pass
     max_samples: int | None = None  # windows (of each set) or passages; None: all

@@ -53,23 +53,29 @@ def _part(
 
 def _of_logits(logits_MV: Tensor, labels_M: Tensor, first: int, real: int, group: Any) -> tuple[Tensor, Tensor]:
     """The same from the logits of this rank's ``real`` tokens from number ``first`` on."""
-    own_top_M = logits_MV.max(-1)
+    at_M = logits_MV.argmax(-1)
+    own_top_M = _at(logits_MV, at_M)
     top_M = _over(group, own_top_M, ReduceOp.MAX)
 
     here_M = labels_M - first
     mine_M = paddle.logical_and(here_M >= 0, here_M < real).astype("float32")
-    label_M = paddle.take_along_axis(logits_MV, here_M.clip(0, max(real - 1, 0)).unsqueeze(-1), -1).squeeze(-1)
+    label_M = _at(logits_MV, here_M.clip(0, max(real - 1, 0)))
     sums_M = paddle.exp(logits_MV - top_M.unsqueeze(-1)).sum(-1)
     sums_M, label_M = _over(group, paddle.stack([sums_M, (label_M - top_M) * mine_M]), ReduceOp.SUM).unbind()
 
-    at_M = (logits_MV.argmax(-1) + first).astype("float64")
-    at_M = paddle.where(own_top_M == top_M, at_M, paddle.full_like(at_M, NOWHERE))
-    best_M = -_over(group, -at_M, ReduceOp.MAX)
+    number_M = (at_M + first).astype("float64")
+    number_M = paddle.where(own_top_M == top_M, number_M, paddle.full_like(number_M, NOWHERE))
+    best_M = -_over(group, -number_M, ReduceOp.MAX)
     return paddle.log(sums_M) - label_M, best_M == labels_M.astype("float64")
 
 
+def _at(logits_MV: Tensor, at_M: Tensor) -> Tensor:
+    return paddle.take_along_axis(logits_MV, at_M.unsqueeze(-1), -1).squeeze(-1)
+
+
 def _over(group: Any, value: Tensor, how: Any) -> Tensor:
-    """Combined over the mp ranks."""
+    """Combined over the mp ranks; ``value`` stays as it is."""
     if group is not None:
+        value = value.clone()
         dist.all_reduce(value, how, group=group)
     return value

@@ -64,8 +64,7 @@ def _stride(job: Job) -> int:
 
 def _sums(job: Job, engine: Engine, rows: Rows) -> Sums:
     evaluate = job.config.evaluate
-    size = evaluate.batch_size or job.config.trainer.micro_batch_size or 1
-    return measure.sums(engine, rows, size, evaluate.max_samples)
+    return measure.sums(engine, rows, evaluate.batch_size, evaluate.max_samples)
 
 
 def _split(job: Job, engine: Engine) -> dict[str, Any]:
