@@ -36,11 +36,10 @@ def problems(job: Job) -> list[str]:
         return found
     if evaluate.path:  # else said by gpt.rules
         found += passages.problems(evaluate)
-    folder = trained.folder(Path(str(job.config.checkpoint)))
-    if not any(folder.glob("tokenizer.*")):
+    if trained.vocabulary(job) is None:
         found.append(
-            f"{folder} has no tokenizer, which evaluate.kind={evaluate.kind.value} needs; "
-            "train with data.tokenizer=.../tokenizer.json, or put that file there"
+            f"checkpoint={job.config.checkpoint} has no tokenizer, which evaluate.kind={evaluate.kind.value} needs: "
+            "train with data.tokenizer=.../tokenizer.json"
         )
     return found
 

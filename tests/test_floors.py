@@ -12,7 +12,16 @@ from conftest import ROOT
 
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
-    {"gpt", "gpt.config", "gpt.config_evaluate", "gpt.config_prepare", "gpt.config_text", "gpt.files", "gpt.guard", "gpt.heartbeat"},
+    {
+        "gpt",
+        "gpt.config",
+        "gpt.config_evaluate",
+        "gpt.config_prepare",
+        "gpt.config_text",
+        "gpt.files",
+        "gpt.guard",
+        "gpt.heartbeat",
+    },
     {"gpt.text", "gpt.text.request", "gpt.talk"},
     {"gpt.rules", "gpt.plan"},
     {"gpt.support"},
@@ -47,12 +56,21 @@ FLOORS = [
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
     {"gpt.engine", "gpt.text.search", "gpt.text.beams"},
     {"gpt.text.writer"},
-    {"gpt.meter", "gpt.measure", "launchers", "launchers.host", "launchers.places", "launchers.ending", "launchers.watchdog"},
+    {
+        "gpt.meter",
+        "gpt.measure",
+        "launchers",
+        "launchers.host",
+        "launchers.places",
+        "launchers.ending",
+        "launchers.watchdog",
+    },
     {"launchers.local", "launchers.roles"},
     {"launchers.group"},
+    {"gpt.text.answers"},
     {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
     {"gpt.worker", "gpt.driver", "gpt.follow", "gpt.cli"},
-    {"gpt.main"},
+    {"gpt.main", "gpt.harness"},
 ]
 NO_PADDLE = [
     "gpt.config",

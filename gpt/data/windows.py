@@ -81,7 +81,7 @@ class Endings:
 
     Args:
         contexts: tokens, at least one each.
-        endings: tokens, at least one and at most ``length`` each.
+        endings: tokens; of more than ``length`` the last ones count.
         length: tokens that the model sees at once; of what is too long the beginning is cut off.
     """
 
@@ -90,7 +90,9 @@ class Endings:
         self.order = sorted(range(len(pairs)), key=lambda i: -sum(len(part) for part in pairs[i]))
         self.cut = sum(len(context) + len(ending) > length + 1 for context, ending in pairs)
         self._rows = [np.concatenate(pairs[i])[-length - 1 :] for i in self.order]
-        self._counts_from = [len(row) - 1 - len(endings[i]) for row, i in zip(self._rows, self.order, strict=True)]
+        self._counts_from = [
+            max(0, len(row) - 1 - len(endings[i])) for row, i in zip(self._rows, self.order, strict=True)
+        ]
 
     def __len__(self) -> int:
         """How many there are."""
