@@ -150,7 +150,8 @@ def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console
     job = trained.job(config, run_dir)
     named = [o.lstrip("+").split("=")[0] for o in overrides]
     if any(key == "data" or key.startswith("data.") for key in named):
-        job = _on_other_data(job, config, console, own_length="data.seq_len" not in named)
+        kept = {"seq_len", "vocab"} - {key.removeprefix("data.") for key in named}
+        job = _on_other_data(job, config, console, kept)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     prompts.hand_over(job.config, run_dir / "logs")
     file = run_dir / "logs" / f"{config.task.value}.json"
@@ -162,14 +163,14 @@ def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console
             console.table(name, list(evaluation.rows(record)))
 
 
-def _on_other_data(job: Job, config: Config, console: Console, *, own_length: bool) -> Job:
-    """The trained job on the data that the command names; ``own_length``: in samples as long as those it knows.
+def _on_other_data(job: Job, config: Config, console: Console, kept: set[str]) -> Job:
+    """The trained job on the data that the command names, but for the keys ``kept``, which go with the model.
 
     Raises:
         UserError: not for this model.
     """
-    if own_length:
-        config.data.seq_len = job.config.data.seq_len
+    for key in kept:
+        setattr(config.data, key, getattr(job.config.data, key))
     job.config.data = config.data
     problems = rules.rule_problems(job.config) + corpus.check(job.config)
     problems += evaluation.problems(job) if config.task is Task.evaluate else []
