@@ -13,8 +13,9 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from gpt.config_evaluate import Evaluate
 from gpt.config_prepare import Prepare
-from gpt.config_text import Evaluate, Generate, Serve
+from gpt.config_text import Generate, Serve
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""The schema of what a trained model does: ``task=evaluate``, ``generate`` and ``serve``; see ``gpt.config``."""
+"""The schema of what a trained model does: ``task=generate`` and ``serve``; see ``gpt.config``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,6 @@ class Split(Enum):
     train = "train"
     val = "val"
     test = "test"
-
-
-@dataclass
-class Evaluate:
-    """Of ``task=evaluate``."""
-
-    split: Split = MISSING
-    max_batches: int | None = None
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import heartbeat, plan, runs, talk, trained
+from gpt import evaluation, heartbeat, plan, rules, runs, talk, trained
 from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
@@ -61,6 +61,8 @@ def gate(config: Config, run_dir: Path) -> None:
         problems += prompts.check(job.config, trained.vocabulary(job))
     if job and config.task is Task.serve:
         problems += listen.problems(config.serve) + ([] if trained.vocabulary(job) else [prompts.NO_TEXT])
+    if job and config.task is Task.evaluate:
+        problems += evaluation.problems(job)
     if problems:
         raise UserError.of(problems)
 
@@ -148,17 +150,41 @@ def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Cons
 
 def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console: Console) -> None:
     job = trained.job(config, run_dir)
-    if any(o.lstrip("+").startswith(("data=", "data.")) for o in overrides):
-        problems = corpus.check(config)
-        if problems:
-            raise UserError.of(problems)
-        job = dataclasses.replace(job, data=corpus.prepare(config, console.note))
-        job.config.data = config.data
+    named = [o.lstrip("+").split("=")[0] for o in overrides]
+    if any(key == "data" or key.startswith("data.") for key in named):
+        kept = {"seq_len", "vocab"} - {key.removeprefix("data.") for key in named}
+        job = _on_other_data(job, config, console, kept)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     prompts.hand_over(job.config, run_dir / "logs")
     file = run_dir / "logs" / f"{config.task.value}.json"
     dataclasses.replace(job, command=_command(overrides)).write(file)
+    before = evaluation.read(run_dir)
     _launch(job, file, console, None)
+    for name, record in evaluation.read(run_dir).items():
+        if config.task is Task.evaluate and record != before.get(name):
+            console.table(name, list(evaluation.rows(record)))
+
+
+def _on_other_data(job: Job, config: Config, console: Console, kept: set[str]) -> Job:
+    """The trained job on the data that the command names, but for the keys ``kept``, which go with the model.
+
+    Raises:
+        UserError: not for this model.
+    """
+    for key in kept:
+        setattr(config.data, key, getattr(job.config.data, key))
+    job.config.data = config.data
+    problems = rules.rule_problems(job.config) + corpus.check(job.config)
+    problems += evaluation.problems(job) if config.task is Task.evaluate else []
+    if problems:
+        raise UserError.of(problems)
+    data = corpus.prepare(job.config, console.note)
+    if data.tokenizer_digest and job.data.tokenizer_digest and data.tokenizer_digest != job.data.tokenizer_digest:
+        raise UserError(
+            "this data is of another tokenizer than the model, whose loss on it means nothing: "
+            "evaluate.kind=text evaluate.path=... tokenises a text as the model wants it"
+        )
+    return dataclasses.replace(job, data=data)
 
 
 @contextmanager

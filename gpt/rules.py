@@ -25,6 +25,7 @@ from gpt.config import (
     micro_batch_size,
     replicas,
 )
+from gpt.config_evaluate import Detokenizer, EvaluateKind
 from gpt.config_prepare import DocumentRule
 from gpt.text.request import Sampling
 
@@ -116,6 +117,7 @@ def rule_problems(config: Config) -> list[str]:
         *_data(config),
         *(_prepare(config) if config.task is Task.prepare else ()),
         *(_serve(config) if config.task is Task.serve else ()),
+        *(_evaluate(config) if config.task is Task.evaluate else ()),
     ]
 
 
@@ -130,10 +132,10 @@ def _ranges(config: Config) -> Iterator[str]:
         "schedule.warmup_steps": 0, "schedule.decay_steps": 1, "schedule.min_lr": 0,
         "trainer.max_steps": 1, "trainer.micro_batch_size": 1, "trainer.global_batch_size": 1,
         "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
-        "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
+        "trainer.keep_checkpoints": 1, "trainer.log_every": 1,
+        "evaluate.stride": 1, "evaluate.batch_size": 1, "evaluate.max_samples": 1,
         "generate.batch_size": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
-        "serve.port": 0, "serve.queue": 1, "serve.max_body": 1, "serve.max_texts": 1,
-        "serve.max_tokens": 1,
+        "serve.port": 0, "serve.queue": 1, "serve.max_body": 1, "serve.max_texts": 1, "serve.max_tokens": 1,
         "prepare.min_length": 1, "prepare.limit": 1, "prepare.workers": 1,
     }  # fmt: skip
     for key, low in at_least.items():
@@ -289,6 +291,22 @@ def _serve(config: Config) -> Iterator[str]:
             f"{config.parallel.sharding_degree} would make {replicas(config)} copies of the model that answer the same "
             "request: start as many servers with other ports behind a balancer; mp and pp degrees share one model out"
         )
+
+
+def _evaluate(config: Config) -> Iterator[str]:
+    """What does not depend on the trained run; the rest is in ``gpt.evaluation``."""
+    evaluate, kind = config.evaluate, config.evaluate.kind
+    if kind is EvaluateKind.split and evaluate.path is not None:
+        yield (
+            f"evaluate.path={evaluate.path} goes with evaluate.kind=text or cloze; "
+            "the split of other token files: data=tokens data.path=..."
+        )
+    if kind is not EvaluateKind.split and not evaluate.path:
+        yield f"evaluate.kind={kind.value} reads a file: name it with evaluate.path=..."
+    if kind is not EvaluateKind.text and evaluate.detokenizer is not Detokenizer.none:
+        yield f"evaluate.detokenizer={evaluate.detokenizer.value} goes with evaluate.kind=text, not {kind.value}"
+    if kind is EvaluateKind.cloze and evaluate.stride is not None:
+        yield f"evaluate.stride={evaluate.stride}: evaluate.kind=cloze has passages, not windows"
 
 
 def _nearest_divisor(of: int, near: int) -> int:

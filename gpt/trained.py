@@ -12,7 +12,7 @@ from gpt.data.corpus import Prepared
 from gpt.runs import Job
 
 # The command says these, whatever the run was trained with.
-ASKED = ("task", "seed", "evaluate", "generate", "serve", "cluster", "precision")
+ASKED = ("task", "seed", "evaluate", "generate", "serve", "logger", "cluster", "precision")
 
 
 def is_checkpoint(path: Path) -> bool:
