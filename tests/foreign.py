@@ -99,15 +99,14 @@ def fleetx_names(ours: dict[str, Array]) -> dict[str, Array]:
     return found
 
 
-def fleetx_rank(whole_state: dict[str, Array], layers: int, mp: tuple[int, int], pp: tuple[int, int]) -> dict[str, Array]:
+def fleetx_rank(state: dict[str, Array], layers: int, mp: tuple[int, int], pp: tuple[int, int]) -> dict[str, Array]:
     """What one rank saves: ``mp`` and ``pp`` are its number and how many there are."""
     part = {}
-    for name, array in whole_state.items():
+    for name, array in state.items():
         columns = "qkv_proj" in name or "linear1" in name
         rows = name.endswith(("word_embeddings.weight", "out_proj.weight", "linear2.weight"))
-        if columns or rows:
-            array = np.split(array, mp[1], axis=-1 if columns else 0)[mp[0]]
-        part[name] = array
+        split = columns or rows
+        part[name] = np.split(array, mp[1], axis=-1 if columns else 0)[mp[0]] if split else array
     if pp[1] == 1:
         return part
     each, stage = layers // pp[1], {}

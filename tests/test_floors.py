@@ -12,7 +12,8 @@ from conftest import ROOT
 
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
-    {"gpt", "gpt.config", "gpt.config_prepare", "gpt.config_text", "gpt.files", "gpt.guard", "gpt.heartbeat"},
+    {"gpt", "gpt.config", "gpt.config_prepare", "gpt.config_text", "gpt.config_weights"},
+    {"gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.text", "gpt.text.request", "gpt.talk"},
     {"gpt.rules", "gpt.plan"},
     {"gpt.support"},
@@ -28,6 +29,9 @@ FLOORS = [
         "gpt.data.sentences",
         "gpt.data.vocabularies",
     },
+    {"gpt.weights", "gpt.weights.archives", "gpt.weights.pickles"},
+    {"gpt.weights.huggingface"},
+    {"gpt.weights.fleetx"},
     {"gpt.data.prepare", "gpt.data.prepare.sources", "gpt.data.prepare.division"},
     {"gpt.data.prepare.documents"},
     {"gpt.data.prepare.encode", "gpt.data.prepare.worker"},
@@ -39,16 +43,17 @@ FLOORS = [
     {"gpt.optim", "gpt.topology"},
     {"gpt.whole"},
     {"gpt.exchange", "gpt.sharding", "gpt.slices", "gpt.stages"},
-    {"gpt.model", "gpt.runs"},
+    {"gpt.model", "gpt.runs", "gpt.weights.eight_bits"},
     {"gpt.trained", "gpt.text.choice", "gpt.text.growing", "gpt.text.prompts", "gpt.text.decoder"},
     {"gpt.pipeline"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
     {"gpt.engine", "gpt.text.search", "gpt.text.beams"},
+    {"gpt.weights.importing", "gpt.weights.exporting", "gpt.weights.static"},
     {"gpt.text.writer"},
     {"gpt.meter", "launchers", "launchers.host", "launchers.places", "launchers.ending", "launchers.watchdog"},
     {"launchers.local", "launchers.roles"},
     {"launchers.group"},
-    {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
+    {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.export", "gpt.tasks.pretrain"},
     {"gpt.worker", "gpt.driver", "gpt.follow", "gpt.cli"},
     {"gpt.main"},
 ]
@@ -62,6 +67,8 @@ NO_PADDLE = [
     "gpt.follow",
     "gpt.cli",
     "gpt.data.samples",
+    "gpt.weights.importing",
+    "gpt.weights.exporting",
     "launchers.local",
     "launchers.group",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,15 @@ TOKENS = np.random.default_rng(1).integers(0, 300, [2, 33])
 FLEETX = ["model=tiny", "model.vocab=512", "model.hidden=32", "model.heads=4", "model.layers=4", "model.positions=16"]
 
 
+@functools.cache
+def composed(*overrides: str) -> Config:
+    return configured(["task=import_weights", *overrides])
+
+
 def command(source: Path, output: Path, *more: str) -> Config:
-    return configured(
-        ["task=import_weights", f"import_weights.source={source}", f"import_weights.output={output}", *more]
-    )
+    config = copy.deepcopy(composed(*more))
+    config.import_weights.source, config.import_weights.output = str(source), str(output)
+    return config
 
 
 def imported(source: Path, output: Path, *more: str) -> Path:
@@ -58,7 +65,8 @@ def test_logits_and_greedy_text_are_those_of_transformers(tmp_path: Path, shape:
     text = greedy(lambda row: logits(ours, row), prompt, 20)
     import torch
 
-    said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    end = {"eos_token_id": None, "pad_token_id": 0}
+    said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, **end)
     assert text == said[0].tolist()
 
 
@@ -123,7 +131,8 @@ def test_import_of_an_export_is_bit_equal_and_keeps_shape_and_tokenizer(tmp_path
     assert all(np.array_equal(first.model()[name], second.model()[name]) for name in first.model())
     shapes = [{**c.state["config"]["model"], "name": ""} for c in (first, second)]
     assert shapes[0] == shapes[1]
-    assert first.tokenizer and second.tokenizer
+    assert first.tokenizer
+    assert second.tokenizer
     assert first.tokenizer.read_bytes() == second.tokenizer.read_bytes()
     text = "the dog sat on the cat, été 1999"
     ids = tokenizer.open_encoder(second.tokenizer).encode(text).tolist()

@@ -1,7 +1,8 @@
 """Matrices in eight bits: whole numbers from -127 to 127, and a float32 scale per output.
 
 Symmetric, by the largest absolute value (as Jacob et al., 2018, for weights). Paddle 3.3 has no CPU kernel that
-multiplies by such a matrix (docs/weights.md shows what it says), so they are turned back into float32 where they are used.
+multiplies by such a matrix (docs/weights.md shows what it says), so they are
+turned back into float32 where they are used.
 """
 
 from __future__ import annotations

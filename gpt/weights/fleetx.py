@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from gpt.config import Model, UserError
-from gpt.data.tokens import Array
 from gpt.weights import archives
 from gpt.weights.archives import Tensor, Tensors
 from gpt.weights.huggingface import by_head
@@ -39,8 +38,8 @@ def renamed(name: str) -> str | None:
     """Our name of a parameter, or None.
 
     Example:
-        >>> renamed("gpt.decoder.layers.3.self_attn.qkv_proj.weight"), renamed("4.linear2.bias"), renamed("25.norm.weight")
-        ('layers.3.attention.qkv.weight', 'layers.3.fc2.bias', 'norm.weight')
+        >>> renamed("gpt.decoder.layers.3.self_attn.qkv_proj.weight"), renamed("4.linear2.bias")
+        ('layers.3.attention.qkv.weight', 'layers.3.fc2.bias')
     """
     if found := TABLE.fullmatch(name):
         return f"{found[1]}.weight"
@@ -71,9 +70,8 @@ def files(source: Path) -> list[list[Path]] | None:
     if not ranks:
         return [[source / FILE]] if (source / FILE).is_file() else None
     stages, degree = (1 + max(place[axis] for place in ranks) for axis in (0, 1))
-    missing = [
-        f"mp_{mp:02}_sharding_00_pp_{pp:02}/{FILE}" for pp in range(stages) for mp in range(degree) if (pp, mp) not in ranks
-    ]
+    absent = [(pp, mp) for pp in range(stages) for mp in range(degree) if (pp, mp) not in ranks]
+    missing = [f"mp_{mp:02}_sharding_00_pp_{pp:02}/{FILE}" for pp, mp in absent]
     if missing:
         raise UserError(f"{source}: mp {degree} x pp {stages} ranks, but {', '.join(missing[:4])} is not there")
     return [[ranks[pp, mp] for mp in range(degree)] for pp in range(stages)]
@@ -141,11 +139,11 @@ def read(there: Tensors, model: Model) -> Tensors:
     word = there["word.weight"]
     found["word.weight"] = Tensor([model.vocab, word.shape[1]], lambda: word.read()[: model.vocab])
     for name in [name for name in there if "attention.q." in name]:
-        three = [there[name.replace("attention.q", kind)] for kind in THREE]
-        shape = [*three[0].shape[:-1], 3 * three[0].shape[-1]]
-        found[name.replace("attention.q", "attention.qkv")] = Tensor(shape, lambda three=three: _fused(three, model.heads))
+        fused = _fused([there[name.replace("attention.q", kind)] for kind in THREE], model.heads)
+        found[name.replace("attention.q", "attention.qkv")] = fused
     return found
 
 
-def _fused(three: list[Tensor], heads: int) -> Array:
-    return by_head(np.concatenate([tensor.read() for tensor in three], axis=-1), heads)
+def _fused(three: list[Tensor], heads: int) -> Tensor:
+    shape = [*three[0].shape[:-1], 3 * three[0].shape[-1]]
+    return Tensor(shape, lambda: by_head(np.concatenate([tensor.read() for tensor in three], axis=-1), heads))

@@ -103,8 +103,8 @@ def find_tokenizer(config: Config) -> Path | None:
     if asked.tokenizer:
         return vocabularies.find(asked.tokenizer, cache)
     folder = source if source.is_dir() else source.parent
-    pairs = zip(vocabularies.VOCABULARIES, vocabularies.MERGES, strict=True)
-    there = (folder / "tokenizer.json").is_file() or any((folder / a).is_file() and (folder / b).is_file() for a, b in pairs)
+    sets = [("tokenizer.json",), *zip(vocabularies.VOCABULARIES, vocabularies.MERGES, strict=True)]
+    there = any(all((folder / name).is_file() for name in names) for names in sets)
     return vocabularies.find(str(folder), cache) if there else None
 
 

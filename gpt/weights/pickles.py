@@ -167,7 +167,10 @@ def _views(state: Any) -> dict[str, _View]:
 
 
 def _tensors(views: dict[str, _View], read: Callable[[_Storage], bytes]) -> Tensors:
-    return {name: Tensor(list(view.shape), lambda view=view: view.of(read(view.storage))) for name, view in views.items()}
+    def tensor(view: _View) -> Tensor:
+        return Tensor(list(view.shape), lambda: view.of(read(view.storage)))
+
+    return {name: tensor(view) for name, view in views.items()}
 
 
 class _NumpyType:
@@ -192,6 +195,8 @@ class _NumpyType:
 class _Numpy:
     """For an array of numpy."""
 
+    dtype: _NumpyType
+
     def __init__(self, *_: Any) -> None:
         self.shape: list[int] = []
 
@@ -203,7 +208,8 @@ class _Numpy:
         """Its values."""
         if not self.by_columns:
             return self.dtype.values(self.raw, self.shape)
-        return self.dtype.values(self.raw, self.shape[::-1]).T
+        turned: Array = self.dtype.values(self.raw, self.shape[::-1]).T
+        return turned
 
 
 class _Paddle(_Restricted):

@@ -8,29 +8,26 @@ time, for inference only; a test holds it to ``GPT.forward``.
     model.pdiparams   of both
     model_info.json, tokenizer.json
 
-Shapes: B batch, T new positions, S positions so far, H hidden, N heads, D head size, E = 3 D, V vocabulary, L layers.
+Shapes: B batch, T new positions, S positions so far, H hidden, N heads, D head size, E = 3 H, V vocabulary, L layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config, Model, UserError, typed
+from gpt.config import Config, Model, typed
 from gpt.data import tokenizer
-from gpt.data.tokens import Array
-from gpt.files import atomic_directory
+from gpt.files import atomic_directory, write_json
 from gpt.topology import WORD
 from gpt.weights import eight_bits
 from gpt.whole import Source
@@ -42,19 +39,19 @@ class Parameters(nn.Layer):  # type: ignore[misc]
     Args:
         source: by logical name, float32.
         model: its shape.
-        small: keep matrices as int8 with a scale per output, which are multiplied when they are used.
+        small: keep matrices as int8 with a scale per output.
     """
 
     def __init__(self, source: Source, model: Model, *, small: bool) -> None:
         super().__init__()
-        self.scaled: dict[str, int] = {}  # the axis that has scales
+        self.scaled: set[str] = set()
         for name, shape in source.shapes.items():
             array = source[name]  # type: ignore[index]
             array = array[: model.vocab] if name == WORD else array
             key = name.replace(".", "_")
             if small and len(shape) == 2:
                 packed = eight_bits.pack(array, eight_bits.axis(name))
-                self.scaled[key] = eight_bits.axis(name)
+                self.scaled.add(key)
                 self.register_buffer(key, paddle.to_tensor(packed.numbers))
                 self.register_buffer(f"{key}_scale", paddle.to_tensor(packed.scale))
             else:
@@ -62,12 +59,14 @@ class Parameters(nn.Layer):  # type: ignore[misc]
                 self.add_parameter(key, self.create_parameter(list(array.shape), default_initializer=value))
 
     def value(self, name: str) -> Tensor:
-        """One, in float32."""
+        """A vector."""
+        return getattr(self, name.replace(".", "_"))
+
+    def product(self, x: Tensor, name: str) -> Tensor:
+        """x times a matrix (its outputs may be its rows); scales belong to outputs, so they can be applied to those."""
         key = name.replace(".", "_")
-        value = getattr(self, key)
-        if key not in self.scaled:
-            return value
-        return value.astype("float32") * getattr(self, f"{key}_scale").unsqueeze(1 - self.scaled[key])
+        out = paddle.matmul(x, getattr(self, key).astype("float32"), transpose_y=eight_bits.axis(name) == 0)
+        return out * getattr(self, f"{key}_scale") if key in self.scaled else out
 
     def rows(self, name: str, numbers: Tensor) -> Tensor:
         """Rows of a table."""
@@ -102,8 +101,8 @@ class Static(nn.Layer):  # type: ignore[misc]
         now = []
         for i in range(m.layers):
             normed = self._norm(x_BTH, f"layers.{i}.norm1")
-            qkv_BTNE = self._linear(normed, f"layers.{i}.attention.qkv").reshape([0, 0, m.heads, 3 * m.hidden // m.heads])
-            q, k, v = paddle.split(qkv_BTNE, 3, axis=-1)
+            qkv_BTE = self._linear(normed, f"layers.{i}.attention.qkv")
+            q, k, v = paddle.split(qkv_BTE.reshape([0, 0, m.heads, 3 * m.hidden // m.heads]), 3, axis=-1)
             if past_LKBSND is not None:
                 k, v = (paddle.concat([past_LKBSND[i, j], new], axis=1) for j, new in enumerate((k, v)))
             now.append(paddle.stack([k, v]))
@@ -111,14 +110,14 @@ class Static(nn.Layer):  # type: ignore[misc]
             x_BTH = x_BTH + self._linear(mixed_BTH, f"layers.{i}.attention.out")
             inner = F.gelu(self._linear(self._norm(x_BTH, f"layers.{i}.norm2"), f"layers.{i}.fc1"), approximate=True)
             x_BTH = x_BTH + self._linear(inner, f"layers.{i}.fc2")
-        return paddle.matmul(self._norm(x_BTH, "norm"), get.value(WORD), transpose_y=True), now
+        return get.product(self._norm(x_BTH, "norm"), WORD), now
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         weight, bias = (self.parameters_.value(f"{name}.{part}") for part in ("weight", "bias"))
         return F.layer_norm(x, self.model.hidden, weight, bias, self.model.layer_norm_eps)
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
-        return paddle.matmul(x, self.parameters_.value(f"{name}.weight")) + self.parameters_.value(f"{name}.bias")
+        return self.parameters_.product(x, f"{name}.weight") + self.parameters_.value(f"{name}.bias")
 
     @staticmethod
     def _attend(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, later_TS: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ def export(found: Checkpoint, output: Path, *, small: bool) -> list[str]:
                 warnings.simplefilter("ignore")  # of Paddle's tracer, about itself
                 paddle.jit.save(layer, str(folder / name), input_spec=inputs)
         _share(folder / "model.pdiparams", folder / "step.pdiparams")
-        (folder / "model_info.json").write_text(json.dumps(_info(found, config, small), indent=1) + "\n", encoding="utf-8")
+        write_json(folder / "model_info.json", _info(found, config, small))
         if found.tokenizer:
             shutil.copyfile(found.tokenizer, folder / found.tokenizer.name)
         return sorted(path.name for path in folder.iterdir())
