@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpt import checkpoint
-from gpt.config import one_rank
+from gpt.config import global_batch_size, one_rank
 from gpt.config_text import Split
 from gpt.config_weights import Target
 from gpt.data.samples import Samples
@@ -36,14 +36,16 @@ def run(job: Job) -> int:
 
 
 def _cost(job: Job, found: checkpoint.Checkpoint, topology: Topology) -> str:
-    """What eight bits do to the loss on the validation split."""
+    """What eight bits do to the loss on the validation split, or on ``evaluate.max_batches`` of it."""
     if not all(Path(f"{part.path}_ids.npy").exists() for part in job.data.parts) or not job.data.parts:
         return "what eight bits cost is not measured: the data of this checkpoint is not here"
     samples = Samples(job.config, job.data, Split.val, shuffled=False)
+    every = -(-len(samples) // global_batch_size(job.config))
+    batches = min(job.config.evaluate.max_batches or every, every)
     engine, losses = Engine(job.config, topology, train=False), []
     stored = found.model()
     for source in (stored, Rounded(stored.folder, stored.index)):
         engine.load(source, None, {})
-        losses.append(engine.evaluate(samples, job.config.trainer.eval_batches))
+        losses.append(engine.evaluate(samples, batches))
     before, after = losses
-    return f"val/loss {before:.4f} in float32, {after:.4f} with int8 weights ({after - before:+.4f})"
+    return f"val/loss {before:.4f} in float32, {after:.4f} with int8 weights ({after - before:+.5f})"
