@@ -16,6 +16,7 @@ from omegaconf import MISSING, OmegaConf
 from gpt.config_evaluate import Evaluate
 from gpt.config_prepare import Prepare
 from gpt.config_text import Generate, Serve
+from gpt.config_weights import Export, ImportWeights
 
 
 class UserError(Exception):
@@ -42,6 +43,8 @@ class Task(Enum):
     serve = "serve"
     plan = "plan"
     prepare = "prepare"
+    import_weights = "import_weights"
+    export = "export"
 
 
 class Recompute(Enum):
@@ -264,6 +267,8 @@ class Config:
     generate: Generate = field(default_factory=Generate)
     serve: Serve = field(default_factory=Serve)
     prepare: Prepare = field(default_factory=Prepare)
+    import_weights: ImportWeights = field(default_factory=ImportWeights)
+    export: Export = field(default_factory=Export)
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
 

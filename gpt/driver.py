@@ -23,6 +23,7 @@ from gpt.guard import BAD_INPUT, FAILED, GUARD
 from gpt.optim import lr_at
 from gpt.runs import Job
 from gpt.text import listen, prompts
+from gpt.weights import exporting, importing
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
 from launchers.places import Place
@@ -51,18 +52,24 @@ def gate(config: Config, run_dir: Path) -> None:
         if problems := build.check(config):
             raise UserError.of(problems)
         return
+    if config.task is Task.import_weights:
+        if problems := importing.check(config):
+            raise UserError.of(problems)
+        return
     job = trained.job(config, run_dir) if trained.reads_one(config.task) else None
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
     if config.task is Task.pretrain:
-        problems += corpus.check(config) + runs.conflicts(run_dir, config)
+        problems += corpus.check(config) + runs.conflicts(run_dir, config) + trained.start_problems(config)
     if job and config.task is Task.generate:
         problems += prompts.check(job.config, trained.vocabulary(job))
     if job and config.task is Task.serve:
         problems += listen.problems(config.serve) + ([] if trained.vocabulary(job) else [prompts.NO_TEXT])
     if job and config.task is Task.evaluate:
         problems += evaluation.problems(job)
+    if config.task is Task.export:
+        problems += exporting.check(config)
     if problems:
         raise UserError.of(problems)
 
@@ -82,6 +89,9 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         return None
     if config.task is Task.prepare:
         _prepare(config, console)
+        return None
+    if config.task is Task.import_weights:
+        _import_weights(config, console)
         return None
     config.cluster.device = host.resolve_device(config)
     if config.task is not Task.pretrain:
@@ -126,8 +136,18 @@ def _prepare(config: Config, console: Console) -> None:
     console.next_commands([(f"python -m gpt.main data=tokens data.path={prefix}{fit}", "train on it")])
 
 
+def _import_weights(config: Config, console: Console) -> None:
+    console.table("imported", importing.run(config, console.warn))
+    checkpoint = f"checkpoint={shlex.quote(str(config.import_weights.output))}"
+    console.next_commands([(f"python -m gpt.main task=generate {checkpoint}", "continue a prompt")])
+
+
 def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:
     data = corpus.prepare(config, console.note)
+    if config.checkpoint:
+        if remark := trained.same_tokenizer(config, data):
+            console.warn(remark)
+        config.checkpoint = str(Path(config.checkpoint).resolve())  # for ranks elsewhere, and for the record
     for split in (Split.train, Split.val):
         if config.data.split[list(Split).index(split)] > 0:
             Samples(config, data, split)  # a split too small for a sample is an error before anything is started

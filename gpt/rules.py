@@ -29,7 +29,10 @@ from gpt.config_evaluate import Detokenizer, EvaluateKind
 from gpt.config_prepare import DocumentRule
 from gpt.text.request import Sampling
 
-NO_GROUPS = ("seed", "tags", "notes", "checkpoint", "prompt", "evaluate", "generate", "serve", "prepare")
+NO_GROUPS = (
+    "seed", "tags", "notes", "checkpoint", "prompt",
+    "evaluate", "generate", "serve", "prepare", "import_weights", "export",
+)  # fmt: skip
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
 
