@@ -281,6 +281,8 @@ def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
         return JobFailed(f"{message}; the logs: {log.parent}/worker.R.log", GUARD)
     if outcome.code == BAD_INPUT and outcome.rank == 0:
         return JobFailed("", BAD_INPUT)
+    if outcome.signal and outcome.code == 128 + outcome.signal:  # what it had to say is said
+        return JobFailed("", outcome.code)
     if outcome.signal and outcome.code < 0:
         return JobFailed(f"ended by {outcome.signal.name} before it could save", 128 + outcome.signal)
     if outcome.code < 0:
