@@ -101,7 +101,7 @@ def read(run_dir: Path) -> dict[str, Any]:
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """A record for people."""
     for key, value in record.items():
-        if isinstance(value, bool) or value is None:
-            continue
+        if key == "checkpoint":
+            continue  # a long path, for those who read the file
         shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         yield key.replace("_", " "), shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,10 +50,25 @@ class Sums:
         return Sums(*(one + another for one, another in pairs))
 
 
-def sums(engine: Engine, rows: Rows, batch_size: int, most: int | None = None) -> Sums:
-    """Over the first ``most`` rows (None: all), shared out among the replicas; all ranks call it together."""
+class Interrupted(Exception):
+    """It was asked to stop."""
+
+
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
+def sums(
+    engine: Engine, rows: Rows, batch_size: int, most: int | None = None, stop: Callable[[], bool] = never
+) -> Sums:
+    """Over the first ``most`` rows (None: all), shared out among the replicas; all ranks call it together.
+
+    Raises:
+        Interrupted: see ``scored``.
+    """
     nll, tokens, right, count, whole = 0.0, 0.0, 0.0, 0, 0
-    for _, found in scored(engine, rows, batch_size, most):
+    for _, found in scored(engine, rows, batch_size, most, stop):
         nll += float(found.nll_B.sum())
         tokens += float(found.tokens_B.sum())
         right += float(found.right_B.sum())
@@ -62,16 +77,27 @@ def sums(engine: Engine, rows: Rows, batch_size: int, most: int | None = None) -
     return Sums(*engine.topology.totals(nll, tokens, right, count, whole))
 
 
-def scored(engine: Engine, rows: Rows, batch_size: int, most: int | None = None) -> Iterator[tuple[int, Scored]]:
-    """Row numbers and scores of this replica's batches; only the rank that speaks for a replica hears them."""
+def scored(
+    engine: Engine, rows: Rows, batch_size: int, most: int | None = None, stop: Callable[[], bool] = never
+) -> Iterator[tuple[int, Scored]]:
+    """Row numbers and scores of this replica's batches; only the rank that speaks for a replica hears them.
+
+    Raises:
+        Interrupted: ``stop`` said so, which every rank asks before each round and which must say the same to all.
+    """
     topology = engine.topology
     engine.model.eval()
     total = min(len(rows), most or len(rows))
     firsts = range(topology.replica * batch_size, total, batch_size * topology.replicas)
     together = accumulate_steps(engine.config) if engine.pipelined else 1
+    rounds = -(-total // (batch_size * topology.replicas * together))
     began = said = time.monotonic()
-    for i in range(0, len(firsts), together):
+    for i in range(0, rounds * together, together):
+        if stop():
+            raise Interrupted
         some = firsts[i : i + together]
+        if not some:
+            continue  # another replica has one batch more
         heartbeat.beat(i, "evaluate")
         batches = [rows.batch(first, min(batch_size, total - first)) for first in some]
         for first, batch, found in zip(some, batches, _scores(engine, batches, together), strict=True):

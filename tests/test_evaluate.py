@@ -157,6 +157,13 @@ def test_padding_rows_and_the_size_of_a_piece_change_nothing(monkeypatch: pytest
     assert found.right == expected.right > 10
 
 
+def test_it_stops_between_two_batches() -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(measure.Interrupted):
+        measure.sums(engine_of(), TOKENS, 1, stop=lambda: next(asked))
+    assert list(asked) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["mp2", "pp2", "dp2"])
 def test_the_sums_are_those_of_one_process(layout: str) -> None:

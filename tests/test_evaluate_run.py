@@ -17,6 +17,7 @@ from gpt import checkpoint, harness, trained
 from gpt.config import one_rank
 from gpt.data import tokenizer
 from gpt.engine import Engine
+from gpt.guard import Signals
 from gpt.tasks import evaluate
 from gpt.text.answers import Answers
 from gpt.topology import Topology
@@ -136,7 +137,7 @@ def test_what_is_wrong_leaves_nothing_behind(gpt: Run, whole: Path, files: Path)
 def test_a_split_is_every_token_of_its_documents(whole: Path, hand: Hand, tmp_path: Path) -> None:
     ask = ["task=evaluate", f"checkpoint={whole}", "evaluate.split=val", "evaluate.stride=20", "evaluate.max_samples=4"]
     job = trained.job(configured(ask), tmp_path)
-    assert evaluate.run(job) == 0
+    assert evaluate.run(job, Signals()) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())["val split"]
     from gpt.data import tokens
 

@@ -58,7 +58,7 @@ def last_word(text: str) -> tuple[str, str]:
         ('They talked about the', ' weather')
     """
     word = text.rsplit(maxsplit=1)[-1]
-    return text[: text.rindex(word)].strip(), f" {word}"
+    return text[: text.rindex(word)].rstrip(), f" {word}"
 
 
 def read(settings: Evaluate) -> list[str]:

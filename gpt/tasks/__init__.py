@@ -16,7 +16,7 @@ def run(job: Job, signals: Signals) -> int:
     if job.config.task is Task.evaluate:
         from gpt.tasks import evaluate
 
-        return evaluate.run(job)
+        return evaluate.run(job, signals)
     if job.config.task is Task.serve:
         from gpt.tasks import serve
 

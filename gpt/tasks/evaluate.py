@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from signal import Signals as Signal
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,16 @@ from gpt.data.tokenizer import Encoder, open_encoder
 from gpt.data.tokens import Array
 from gpt.data.windows import Endings, Rows, Windows
 from gpt.engine import Engine
+from gpt.guard import Signals
 from gpt.log import say
 from gpt.measure import Sums
 from gpt.runs import Job
 from gpt.topology import Topology
 
+Sum = Callable[[Rows], Sums]
 
-def run(job: Job) -> int:
+
+def run(job: Job, signals: Signals) -> int:
     """Write a record into ``evaluation.json``; returns the exit code. The driver shows it."""
     config, kind = job.config, job.config.evaluate.kind
     topology = Topology.connect(config)
@@ -32,14 +37,24 @@ def run(job: Job) -> int:
     engine = Engine(config, topology, train=False)
     engine.load(found.model(), None, {})
 
+    def stop() -> bool:  # a signal to any rank is one to all
+        return topology.totals(float(signals.received is not None))[0] > 0
+
+    def sums(rows: Rows) -> Sums:
+        return measure.sums(engine, rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
+
     began = time.perf_counter()
     own = job.data.fingerprint == found.state["data_fingerprint"]
-    if kind is EvaluateKind.split:
-        figures = _split(job, engine)
-    elif kind is EvaluateKind.text:
-        figures = _text(job, engine, _encoder(found))
-    else:
-        figures = _cloze(job, engine, _encoder(found))
+    try:
+        if kind is EvaluateKind.split:
+            figures = _split(job, sums)
+        elif kind is EvaluateKind.text:
+            figures = _text(job, sums, _encoder(found))
+        else:
+            figures = _cloze(job, sums, _encoder(found))
+    except measure.Interrupted:
+        say("stopped; nothing was written")
+        return 128 + (signals.received or Signal.SIGTERM)
     figures["seconds"] = time.perf_counter() - began
 
     if topology.rank == 0:
@@ -62,12 +77,7 @@ def _stride(job: Job) -> int:
     return job.config.evaluate.stride or job.config.data.seq_len
 
 
-def _sums(job: Job, engine: Engine, rows: Rows) -> Sums:
-    evaluate = job.config.evaluate
-    return measure.sums(engine, rows, evaluate.batch_size, evaluate.max_samples)
-
-
-def _split(job: Job, engine: Engine) -> dict[str, Any]:
+def _split(job: Job, sums: Sum) -> dict[str, Any]:
     """Of token files: every set's windows, added up."""
     data = job.config.data
     number = list(Split).index(job.config.evaluate.split)
@@ -76,7 +86,7 @@ def _split(job: Job, engine: Engine) -> dict[str, Any]:
         windows.of_split(tokens.load(part.path), data.split, number, data.seq_len, _stride(job), eot)
         for part in job.data.parts
     ]
-    each = [_sums(job, engine, rows) for rows in sets]
+    each = [sums(rows) for rows in sets]
     total = sum(each[1:], each[0])
     per_byte = 1 / job.data.bytes_per_token if job.data.bytes_per_token else None
     record = _of_windows(job, total) | evaluation.language(total.loss, per_byte)
@@ -85,7 +95,7 @@ def _split(job: Job, engine: Engine) -> dict[str, Any]:
     return record
 
 
-def _text(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
+def _text(job: Job, sums: Sum, encoder: Encoder) -> dict[str, Any]:
     """Of raw text, whose documents are joined by end-of-text as in training."""
     evaluate = job.config.evaluate
     texts = passages.read(evaluate)
@@ -99,7 +109,7 @@ def _text(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
     rows = Windows(ids, 0, len(ids), job.config.data.seq_len, _stride(job), masked)
     if not len(rows):
         raise UserError(f"evaluate.path={evaluate.path}: {len(ids)} token(s), nothing to predict")
-    total = _sums(job, engine, rows)
+    total = sums(rows)
     words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
     return {
         **_of_windows(job, total),
@@ -111,7 +121,7 @@ def _text(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _cloze(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
+def _cloze(job: Job, sums: Sum, encoder: Encoder) -> dict[str, Any]:
     """How often each token of the last word is the most probable one, given all before it."""
     evaluate, length = job.config.evaluate, job.config.data.seq_len
     pairs = [passages.last_word(text) for text in passages.read(evaluate)]
@@ -120,7 +130,7 @@ def _cloze(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
     if longest > length:
         raise UserError(f"evaluate.path={evaluate.path}: a last word has {longest} tokens, the model reads {length}")
     rows = Endings(contexts, words, length)
-    total = _sums(job, engine, rows)
+    total = sums(rows)
     return {
         "passages": int(total.rows),
         "cut_at_the_beginning": rows.cut,
