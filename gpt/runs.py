@@ -5,6 +5,7 @@ metrics.jsonl            one record per step
 checkpoints/step_NNNNNNNN/
 logs/worker.R.log
 samples.jsonl            generated text
+evaluation.json          the last evaluation of each kind
 loss.png                 the curves
 result.json              written last
 """
