@@ -13,7 +13,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import SMALL, configured
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt import evaluation, log, measure
@@ -72,6 +72,7 @@ def by_hand(engine: Engine, windows: Windows) -> tuple[float, int, int]:
 # --- rows ---
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 12), st.data())
 def test_every_token_but_the_first_counts_once_with_enough_before_it(tokens: int, length: int, data: Any) -> None:
     stride = data.draw(st.integers(1, length))
