@@ -12,8 +12,13 @@ from conftest import ROOT
 
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
-    {"gpt", "gpt.config", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
-    {"gpt.rules", "gpt.plan"},
+    {"gpt", "gpt.config", "gpt.config_plan", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
+    {"gpt.rules", "gpt.shapes"},
+    {"gpt.plan.counts", "gpt.plan.devices"},
+    {"gpt.plan.footprint"},
+    {"gpt.plan.traffic"},
+    {"gpt.plan.cost"},
+    {"gpt.plan", "gpt.plan.summary"},
     {"gpt.support"},
     {
         "gpt.data",
