@@ -14,11 +14,15 @@ from conftest import ROOT
 FLOORS = [
     {"gpt", "gpt.config", "gpt.config_plan", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.rules", "gpt.shapes"},
-    {"gpt.plan.counts", "gpt.plan.devices"},
-    {"gpt.plan.footprint"},
-    {"gpt.plan.traffic"},
-    {"gpt.plan.cost"},
-    {"gpt.plan", "gpt.plan.summary"},
+    {
+        "gpt.plan",
+        "gpt.plan.counts",
+        "gpt.plan.devices",
+        "gpt.plan.footprint",
+        "gpt.plan.traffic",
+        "gpt.plan.cost",
+        "gpt.plan.summary",
+    },
     {"gpt.support"},
     {
         "gpt.data",
