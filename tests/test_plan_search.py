@@ -18,7 +18,7 @@ from test_plan import DATA, GIB, laid_out, on
 from gpt import planning
 from gpt.config import Config, DType, Recompute, UserError, global_batch_size, world_size
 from gpt.console import Console
-from gpt.plan import cost, counts, footprint, search, tables, verdict
+from gpt.plan import cost, counts, devices, footprint, search, tables, verdict
 from gpt.rules import check, rule_problems
 
 Run = Callable[..., Ran]
@@ -197,6 +197,20 @@ def test_this_host_is_a_device_once_it_is_measured(monkeypatch: pytest.MonkeyPat
     assert two.exposed > alone.exposed == 0
     (tmp_path / "device_cpu.json").write_text("{")
     assert cost.cost(configured(["device=cpu"])) is None
+
+
+def test_calibration_measures_and_keeps_what_a_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from scripts import calibrate
+
+    monkeypatch.setenv("GPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "SIZE", 64)
+    monkeypatch.setattr(calibrate, "ELEMENTS", 1 << 12)
+    monkeypatch.setattr(calibrate, "run", lambda what, ranks: calibrate.compute() if ranks == 1 else {"link_gb_s": 2.0})
+    monkeypatch.setattr("sys.argv", ["calibrate.py"])
+    calibrate.main()
+    assert all((devices.calibrated(key) or 0) > 0 for key in devices.CALIBRATION)
+    assert devices.calibrated("link_gb_s") == 2.0
+    assert cost.cost(configured(["device=cpu"])) is not None
 
 
 @pytest.mark.parametrize("width", [80, 160])
