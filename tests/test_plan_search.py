@@ -86,6 +86,17 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(gpt_1b: Config) -> No
         assert global_batch_size(changed) == global_batch_size(alone)
 
 
+def test_every_named_change_is_legal_and_fits() -> None:
+    job = ["model=6.7b", "parallel=sharding16", "precision=fp16", "device=v100_16", *DATA]
+    base = on(configured(job), "v100_16", DType.fp16)
+    found = [verdict.changes(base, candidate) for candidate in search.candidates(base, 16)]
+    assert len(found) > 50
+    for keys in found[::40]:
+        changed = on(configured([*job, *keys]), "v100_16", DType.fp16)
+        assert search.fits(changed), keys
+        assert (world_size(changed), global_batch_size(changed)) == (16, 128), keys
+
+
 def test_where_no_layout_fits_more_devices_are_named(gpt_175b: Config) -> None:
     small = dataclasses.replace(laid_out(gpt_175b, mp=8), device=gpt_175b.device)
     said = verdict.judge(small)
