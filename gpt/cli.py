@@ -12,12 +12,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt import trained
 from gpt.config import Config, Task, UserError
 from gpt.files import cache_dir, conf_dir
+from gpt.plan.devices import calibrated
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
@@ -30,6 +32,7 @@ def register() -> None:
     """Tell Hydra the schema, the resolvers used in conf/, and the gate."""
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("cache_dir", cache_dir, replace=True)
+    OmegaConf.register_new_resolver("calibrated", calibrated, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     store = ConfigStore.instance()
@@ -82,6 +85,29 @@ def job(overrides: list[str]) -> Config:
 
 class Gate(Callback):
     """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.cells: list[tuple[list[str], Config | list[str]]] = []  # of a grid of plans
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Keep a cell of a grid of plans for its table."""
+        from gpt import planning
+
+        if config.hydra.mode is not RunMode.MULTIRUN or not planning.is_plan(config):
+            return
+        typed, problems = check(job_config(config), dict(config.hydra.runtime.choices))
+        self.cells.append((list(config.hydra.overrides.task), problems if problems or typed is None else typed))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Show the table of a grid of plans."""
+        from gpt import planning
+        from gpt.console import Console
+
+        if self.cells:
+            try:
+                planning.show_grid(self.cells, Console())
+            except UserError as error:
+                fail(str(error))
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import evaluation, heartbeat, plan, rules, runs, talk, trained
+from gpt import evaluation, heartbeat, plan, planning, rules, runs, talk, trained
 from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
@@ -20,7 +20,7 @@ from gpt.data.prepare import build
 from gpt.data.samples import Samples
 from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
-from gpt.optim import lr_at
+from gpt.plan import devices
 from gpt.runs import Job
 from gpt.text import listen, prompts
 from gpt.weights import exporting, importing
@@ -85,7 +85,7 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
     for line in host.warnings():
         console.warn(line)
     if config.task is Task.plan:
-        show_plan(config, console)
+        planning.show(config, console, overrides)
         return None
     if config.task is Task.prepare:
         _prepare(config, console)
@@ -98,17 +98,6 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         _on_trained_run(config, run_dir, overrides, console)
         return None
     return _pretrain(config, run_dir, overrides, console)
-
-
-def show_plan(config: Config, console: Console) -> None:
-    """Print what the run would need, and its learning rate."""
-    rows = plan.summary(config)
-    schedule, peak, last = config.schedule, config.optimizer.lr, config.trainer.max_steps
-    marks = sorted({1, max(1, schedule.warmup_steps), last // 4, last // 2, 3 * last // 4, last} - {0})
-    rates = ", ".join(f"{lr_at(step, peak, schedule):.3g} at {step:,}" for step in marks if step <= last)
-    rows.append(("learning rate", rates))
-    rows.append(("", console.curve([lr_at(1 + i * (last - 1) // 59, peak, schedule) for i in range(60)])))
-    console.table(f"plan: {config.model.name}", rows)
 
 
 def _prepare(config: Config, console: Console) -> None:
@@ -295,7 +284,9 @@ def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
 
 def _header(job: Job) -> list[tuple[str, str]]:
     config = job.config
-    rows = dict(plan.summary(config))
+    known = devices.called(host.gpu_name()) if config.cluster.device is Device.gpu else None
+    chosen = config.device if config.device.name or not known else known
+    rows = dict(plan.summary(dataclasses.replace(config, device=chosen)))
     entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
     role, ranks = group.hub().role, world_size(config)
     threads = config.cluster.threads or max(1, host.cores() // role.here(ranks))
@@ -309,6 +300,8 @@ def _header(job: Job) -> list[tuple[str, str]]:
         ("data", f"{config.data.kind.value}: {job.data.tokens:,} tokens{entropy}"),
         ("batch", rows["batch"]),
         ("horizon", rows["horizon"]),
+        ("memory", rows["memory"].split(":")[0]),
+        *([("time", rows["time"])] if "time" in rows else []),
         ("first loss", rows["first loss"]),
         ("run", str(_short(job.run_dir))),
     ]

@@ -27,11 +27,12 @@ from gpt.config import (
 )
 from gpt.config_evaluate import Detokenizer, EvaluateKind
 from gpt.config_prepare import DocumentRule
+from gpt.rules_plan import plan_problems
 from gpt.text.request import Sampling
 
 NO_GROUPS = (
     "seed", "tags", "notes", "checkpoint", "prompt",
-    "evaluate", "generate", "serve", "prepare", "import_weights", "export",
+    "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
 )  # fmt: skip
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
@@ -118,6 +119,7 @@ def rule_problems(config: Config) -> list[str]:
         *_parallel(config),
         *_batch(config),
         *_data(config),
+        *plan_problems(config),
         *(_prepare(config) if config.task is Task.prepare else ()),
         *(_serve(config) if config.task is Task.serve else ()),
         *(_evaluate(config) if config.task is Task.evaluate else ()),

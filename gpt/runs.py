@@ -36,8 +36,8 @@ from gpt.rules import unknown_keys
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
 LAUNCH_ONLY = (
-    "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export",
-    "logger", "cluster",
+    "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
+    "logger", "cluster", "device",
     "trainer.resume", "trainer.log_every", "data.cache_dir",
 )  # fmt: skip
 

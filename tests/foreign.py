@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import paddle
 
-from gpt import checkpoint, whole
+from gpt import checkpoint
 from gpt.config import Config, typed
 from gpt.data.tokens import Array
 from gpt.engine import Engine
 from gpt.model import GPT
+from gpt.shapes import parameter_shapes
 from gpt.topology import Topology
 
 SHAPE = {"vocab_size": 300, "n_embd": 60, "n_head": 5, "n_layer": 2, "n_positions": 40}
@@ -78,7 +79,7 @@ def greedy(some_logits: Any, prompt: list[int], count: int) -> list[int]:
 def random_parameters(config: Config, seed: int = 0) -> dict[str, Array]:
     """Of the model, by our names."""
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in whole.shapes(config).items()}
+    return {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in parameter_shapes(config).items()}
 
 
 def fleetx_names(ours: dict[str, Array]) -> dict[str, Array]:

@@ -16,6 +16,7 @@ from gpt.engine import PADDLE_DTYPE
 from gpt.log import say
 from gpt.model import GPT
 from gpt.runs import Job
+from gpt.shapes import parameter_shapes
 from gpt.text import scoring
 from gpt.text.beams import beams
 from gpt.text.decoder import Decoder
@@ -94,7 +95,7 @@ def _read(job: Job, topology: Topology, found: Checkpoint) -> GPT:
 
     model, source = GPT(job.config, topology, settle), found.model()
     try:
-        whole.require_same(source.shapes, whole.shapes(job.config))
+        whole.require_same(source.shapes, parameter_shapes(job.config))
     except ValueError as error:
         raise UserError(f"{found.path}: {error}") from error
     for name, p in model.logical_parameters().items():

@@ -14,7 +14,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import Config, Model, typed, world_size
 from gpt.data import tokenizer
 from gpt.files import atomic_directory
-from gpt.topology import WORD
+from gpt.shapes import WORD
 from gpt.weights import huggingface
 from gpt.whole import Piece, Slice
 

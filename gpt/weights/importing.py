@@ -17,7 +17,7 @@ from gpt.data import tokenizer, vocabularies
 from gpt.data.corpus import Prepared
 from gpt.rules import rule_problems
 from gpt.runs import versions
-from gpt.topology import WORD
+from gpt.shapes import WORD, parameter_shapes
 from gpt.weights import fleetx, huggingface
 from gpt.weights.archives import Tensors
 from gpt.whole import Piece, Slice
@@ -84,7 +84,7 @@ def look(config: Config) -> Found:
 
 
 def _require_shapes(found: Found, source: Path, config: Config) -> None:
-    wanted = whole.shapes(_config(config, found, None)) | {WORD: [found.model.vocab, found.model.hidden]}
+    wanted = parameter_shapes(_config(config, found, None)) | {WORD: [found.model.vocab, found.model.hidden]}
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     try:
         whole.require_same(shapes, wanted)
@@ -134,7 +134,7 @@ def run(config: Config, say: Callable[[str], None]) -> list[tuple[str, str]]:
     if vocabulary is None:
         say("no tokenizer lies with the weights: name one with import_weights.tokenizer=... to read and write text")
     pieces = {}
-    for name, shape in whole.shapes(made).items():
+    for name, shape in parameter_shapes(made).items():
         array = found.tensors[name].read()
         if not np.isfinite(array).all():
             raise UserError(f"{config.import_weights.source}: {name} has values that are not finite")

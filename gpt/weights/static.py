@@ -28,7 +28,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.config import Config, Model, typed
 from gpt.data import tokenizer
 from gpt.files import atomic_directory, write_json
-from gpt.topology import WORD
+from gpt.shapes import WORD
 from gpt.weights import eight_bits
 from gpt.whole import Source
 
