@@ -15,6 +15,7 @@ FLOORS = [
     {"gpt", "gpt.config", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
     {"gpt.plan.schedule"},
     {"gpt.plan.simulation"},
+    {"gpt.plan.picture"},
     {"gpt.rules", "gpt.plan"},
     {"gpt.support"},
     {

@@ -206,10 +206,10 @@ class _State:
             return False
         self.served, stage, begin = heapq.heappop(self.running)
         self.now = ends
-        work = self.programs[stage][self.at[stage]]
-        assert isinstance(work, Work)
-        chunk = work.virtual // self.pipeline.stages
-        self.events[stage].append(Event(stage, work.kind, work.micro, chunk, begin, self.now))
+        done = self.programs[stage][self.at[stage]]
+        assert isinstance(done, Work)
+        chunk = done.virtual // self.pipeline.stages
+        self.events[stage].append(Event(stage, done.kind, done.micro, chunk, begin, self.now))
         self.at[stage] += 1
         self.go_on(stage)
         return True
