@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from gpt.config_plan import DeviceSpec, Plan
 from gpt.config_prepare import Prepare
 
 
@@ -286,8 +287,10 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
     prepare: Prepare = field(default_factory=Prepare)
+    plan: Plan = field(default_factory=Plan)
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
+    device: DeviceSpec = field(default_factory=DeviceSpec)
 
 
 def typed(plain: Any) -> Config:
@@ -346,5 +349,9 @@ def one_rank(config: Config) -> Config:
 
 def padded_vocab(config: Config) -> int:
     """Rows of the embedding table: ``model.vocab`` rounded up to a multiple of 128 x mp_degree."""
-    unit = 128 * config.parallel.mp_degree
-    return -(-config.model.vocab // unit) * unit
+    return padded(config.model.vocab, config.parallel.mp_degree)
+
+
+def padded(vocab: int, mp: int) -> int:
+    """``vocab`` rounded up to a multiple of 128 x ``mp``."""
+    return -(-vocab // (128 * mp)) * 128 * mp

@@ -13,6 +13,7 @@ from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro
 from gpt.data.samples import Batch, Samples
 from gpt.guard import require_finite
 from gpt.model import GPT, initialise
+from gpt.shapes import owners, parameter_shapes
 from gpt.sharding import Shards
 from gpt.topology import Topology
 from gpt.whole import Pieces, Source
@@ -46,8 +47,8 @@ class Engine:
         self.pipelined = topology.parallel.pp_degree > 1
         self.low_precision = config.precision.dtype is not DType.fp32
         self.keeps_master = self.low_precision or config.optimizer.offload
-        sizes = {name: math.prod(shape) for name, shape in whole.shapes(config).items()}
-        self.shards = Shards(topology, exchange.owners(sizes, topology.parallel.sharding_degree))
+        sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+        self.shards = Shards(topology, owners(sizes, topology.parallel.sharding_degree))
         self.model: Any = self._build()
         self.parameters: dict[str, paddle.Tensor] = self.model.logical_parameters()
         self.owned = {name: p for name, p in self.parameters.items() if self.shards.is_mine(name)}
@@ -195,7 +196,7 @@ class Engine:
 
     def state(self) -> tuple[Pieces, Pieces, dict[str, Any]]:
         """What this rank gives to a checkpoint: parameters in float32, slots of the optimizer, and the small rest."""
-        here, shapes = self._answers_for(), whole.shapes(self.config)
+        here, shapes = self._answers_for(), parameter_shapes(self.config)
         master = self.optimizer.state_dict().get("master_weights", {})
         values = {name: master.get(p.name, p) for name, p in here.items()}
         slots = optim.state_of(self.optimizer, self.owned)
@@ -210,7 +211,7 @@ class Engine:
         Raises:
             ValueError: names or shapes are not those of this model.
         """
-        shapes = whole.shapes(self.config)
+        shapes = parameter_shapes(self.config)
         whole.require_same(model.shapes, shapes)
         keep_master = slots is not None and self.keeps_master
         master = {}

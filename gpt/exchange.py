@@ -63,21 +63,6 @@ def counts(topology: Topology, name: str, p: Tensor) -> bool:
     return not topology.is_tied_copy(name) and (topology.mp_rank == 0 or split_axis(p) is not None)
 
 
-def owners(sizes: dict[str, int], degree: int) -> dict[str, int]:
-    """Which rank of the sharding group updates each parameter: the largest first, to whom has least.
-
-    Example:
-        >>> owners({"a": 5, "b": 4, "c": 3, "d": 2}, 2)
-        {'a': 0, 'b': 1, 'c': 1, 'd': 0}
-    """
-    load = [0] * degree
-    owner = {}
-    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        owner[name] = load.index(min(load))
-        load[owner[name]] += size
-    return owner
-
-
 def share_updates(topology: Topology, parameters: dict[str, Tensor], owner: dict[str, int]) -> None:
     """Give each parameter from the rank that has updated it to the others of the sharding group."""
     group = topology.sharding_group

@@ -95,7 +95,7 @@ def unknown_keys(plain: dict[Any, Any]) -> list[str]:
 
 def _required_groups() -> list[str]:
     groups = (f.name for f in dataclasses.fields(Config))
-    return [g for g in groups if g not in ("seed", "tags", "notes", "evaluate", "generate", "prepare")]
+    return [g for g in groups if g not in ("seed", "tags", "notes", "evaluate", "generate", "prepare", "plan")]
 
 
 def group_problems(choices: dict[str, Any]) -> list[str]:

@@ -16,12 +16,10 @@ import numpy as np
 
 from gpt.config import Config, Device, Parallel, accumulate_steps, micro_batch_size, world_size
 from gpt.data.tokens import Array
+from gpt.shapes import WORD
 
 if TYPE_CHECKING:
     import paddle
-
-
-WORD = "word.weight"  # the table that the head is tied to
 
 
 def derive_seed(*parts: Any) -> int:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from gpt.config import Config, one_rank, padded_vocab
 from gpt.data.tokens import Array
-from gpt.topology import WORD, Topology, split_axis
+from gpt.topology import Topology, split_axis
 
 if TYPE_CHECKING:
     from paddle import Tensor
@@ -54,27 +53,6 @@ class Source(Protocol):
 
     def read(self, name: str, where: Slice) -> Array:
         """A slice of one."""
-
-
-def shapes(config: Config) -> dict[str, list[int]]:
-    """Of all parameters of the model, as a checkpoint holds them."""
-    m = config.model
-    H, F = m.hidden, m.ffn
-    norm, table = {"weight": [H], "bias": [H]}, [padded_vocab(one_rank(config)), H]
-    block = {
-        **{f"norm1.{k}": v for k, v in norm.items()},
-        "attention.qkv.weight": [H, 3 * H],
-        "attention.qkv.bias": [3 * H],
-        "attention.out.weight": [H, H],
-        "attention.out.bias": [H],
-        **{f"norm2.{k}": v for k, v in norm.items()},
-        "fc1.weight": [H, F],
-        "fc1.bias": [F],
-        "fc2.weight": [F, H],
-        "fc2.bias": [H],
-    }
-    layers = {f"layers.{i}.{k}": v for i in range(m.layers) for k, v in block.items()}
-    return {WORD: table, "position.weight": [m.positions, H], **layers, **{f"norm.{k}": v for k, v in norm.items()}}
 
 
 def parameter_of(key: str, parameters: dict[str, list[int]]) -> str:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import configured
 
-from gpt import exchange, sockets, whole
+from gpt import sockets
 from gpt.config import Device
 from gpt.data.samples import Batch
 from gpt.model import GPT
+from gpt.shapes import WORD, owners, parameter_shapes
 from gpt.topology import Topology
 
 
@@ -53,14 +54,14 @@ def on_all(size: int, work: Any) -> list[Any]:
 def test_a_checkpoint_has_the_names_and_shapes_of_the_single_model(small: list[str], vocab: int) -> None:
     config = configured([*small, f"model.vocab={vocab}", "data.vocab=257", "model.layers=3"])
     model = GPT(config, Topology(config.parallel, Device.cpu))
-    assert whole.shapes(config) == {name: list(p.shape) for name, p in model.logical_parameters().items()}
+    assert parameter_shapes(config) == {name: list(p.shape) for name, p in model.logical_parameters().items()}
     config.parallel.mp_degree = 2  # a table padded further is cut in checkpoints
-    assert whole.shapes(config)[whole.WORD][0] == 384
+    assert parameter_shapes(config)[WORD][0] == 384
 
 
 def test_the_owners_of_parameters_have_about_as_much_each(small: list[str]) -> None:
-    sizes = {name: math.prod(shape) for name, shape in whole.shapes(configured(small)).items()}
-    owner = exchange.owners(sizes, 3)
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(configured(small)).items()}
+    owner = owners(sizes, 3)
     assert set(owner) == set(sizes)
     load = [sum(size for name, size in sizes.items() if owner[name] == rank) for rank in range(3)]
     assert max(load) < 1.2 * min(load)

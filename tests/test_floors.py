@@ -12,11 +12,20 @@ from conftest import ROOT
 
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
-    {"gpt", "gpt.config", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
-    {"gpt.plan.schedule"},
-    {"gpt.plan.simulation"},
-    {"gpt.plan.picture"},
-    {"gpt.rules", "gpt.plan"},
+    {"gpt", "gpt.config", "gpt.config_plan", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
+    {"gpt.rules", "gpt.shapes"},
+    {
+        "gpt.plan",
+        "gpt.plan.schedule",
+        "gpt.plan.simulation",
+        "gpt.plan.picture",
+        "gpt.plan.counts",
+        "gpt.plan.devices",
+        "gpt.plan.footprint",
+        "gpt.plan.traffic",
+        "gpt.plan.cost",
+        "gpt.plan.summary",
+    },
     {"gpt.support"},
     {
         "gpt.data",

@@ -29,7 +29,7 @@ def test_state_per_rank(model: str, parallel: str, stage: int) -> None:
     config.precision.dtype = DType.bf16
     need = plan.memory(config)
     state = (need.weights + need.gradients + need.optimizer) / 2**30
-    assert state == pytest.approx(STATE[model, parallel, stage], rel=0.005)
+    assert state == pytest.approx(STATE[model, parallel, stage], rel=0.01)  # of 16 ranks, the fullest
 
 
 def test_flops_per_token_by_hand() -> None:
@@ -55,8 +55,8 @@ def test_recompute_and_chunks_need_less() -> None:
     ]
     assert needs[0] > needs[1]
     assert needs[0] > needs[2] > needs[3]
-    chunked = configured(["model=1.3b", "model.loss_chunk=1024", *DATA])
-    assert plan.memory(chunked).activations < needs[3]
+    whole, chunked = (plan.memory(configured(["model=1.3b", f"model.loss_chunk={n}", *DATA])) for n in (0, 1024))
+    assert chunked.logits < whole.logits
 
 
 def test_an_unknown_device_has_no_peak_and_so_no_mfu() -> None:

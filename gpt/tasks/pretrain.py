@@ -7,7 +7,7 @@ from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
 
-from gpt import checkpoint, guard, heartbeat, log, saving, whole
+from gpt import checkpoint, guard, heartbeat, log, saving
 from gpt.config import Split, UserError, global_batch_size, one_rank, plain, world_size
 from gpt.data.samples import Samples
 from gpt.engine import Engine
@@ -16,6 +16,7 @@ from gpt.guard import GuardError, Signals
 from gpt.log import say
 from gpt.meter import Meter, peak_memory, validation
 from gpt.runs import Job, truncate_metrics, versions
+from gpt.shapes import parameter_shapes
 from gpt.tasks.generate import sample_text
 from gpt.topology import Topology
 
@@ -180,7 +181,7 @@ class Session:
         write_json(self.job.run_dir / "result.json", result)
 
     def _parameters(self) -> int:
-        return sum(math.prod(shape) for shape in whole.shapes(self.job.config).values())
+        return sum(math.prod(shape) for shape in parameter_shapes(self.job.config).values())
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint says of itself besides arrays. Dropout and data order are functions of seed and step."""

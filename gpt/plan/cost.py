@@ -1,0 +1,247 @@
+"""How long a step takes on a stated device, and what a run then costs.
+
+Matrix products run at ``device.efficiency`` of the peak, everything between them at the rate of the device's memory,
+exchanges at that of the links (``gpt.plan.traffic``), one after the other. A pipeline adds its bubble. Nothing is said
+of a device whose peak for the element type, memory bandwidth or links are not stated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gpt.config import Config, Recompute, accumulate_steps, global_batch_size, micro_batch_size, world_size
+from gpt.config_plan import DeviceSpec
+from gpt.plan import counts
+from gpt.plan.devices import peak
+from gpt.plan.footprint import element_size, flash, on_cpu
+from gpt.plan.traffic import dp_bytes, head_bytes, hop_bytes, layer_bytes, link, sharding_bytes, sp_bytes, tied_bytes
+
+MEMORY_SHARE = 0.8  # of the memory's bandwidth that passes over activations reach
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds. Lists have an entry per virtual stage in the order of the layers: stage k runs on rank k mod p.
+
+    Attributes:
+        forward: of one micro batch, exchanges within the stage included.
+        backward: the same, with what is recomputed.
+        send: one hop of activations, or of their gradients, to the neighbour.
+        reduce: exchange of gradients and updated parameters at the end of the step.
+        update: the optimizer.
+    """
+
+    forward: list[float]
+    backward: list[float]
+    send: float
+    reduce: float
+    update: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step, in seconds, on the slowest rank; ``bubble`` and ``exposed`` are what is not computing."""
+
+    seconds: float
+    compute: float
+    exposed: float
+    bubble: float
+    tokens: int
+    ranks: int
+    model_flops: float
+    hardware_flops: float
+    peak: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs (causal) over what the peaks of all ranks could do in the time."""
+        return self.model_flops / (self.seconds * self.ranks * self.peak)
+
+    @property
+    def hfu(self) -> float:
+        """The same with what is recomputed."""
+        return self.hardware_flops / (self.seconds * self.ranks * self.peak)
+
+
+def missing(config: Config) -> list[str]:
+    """Keys of the device without which no time can be said."""
+    device, ranks = config.device, world_size(config)
+    needed = {
+        f"device.peak_tflops.{config.precision.dtype.value}": peak(device, config.precision.dtype),
+        "device.bandwidth_gb_s": device.bandwidth_gb_s,
+        "device.intra_node_gb_s": device.intra_node_gb_s or min(ranks, device.per_node) == 1,
+        "device.inter_node_gb_s": device.inter_node_gb_s or ranks <= device.per_node,
+    }
+    return [key for key, value in needed.items() if not value]
+
+
+def stage_times(config: Config, device: DeviceSpec | None = None) -> StageTimes | None:
+    """Of every virtual stage; None if the device does not state what is needed (``missing``).
+
+    Args:
+        config: of the job.
+        device: instead of ``config.device``.
+    """
+    config = replace(config, device=device) if device else config
+    rate = peak(config.device, config.precision.dtype)
+    if missing(config) or rate is None or config.device.bandwidth_gb_s is None:
+        return None
+    flops, memory = rate * config.device.efficiency, MEMORY_SHARE * 1e9 * config.device.bandwidth_gb_s
+    p, tokens = config.parallel, config.data.seq_len * micro_batch_size(config)
+    layers = config.model.layers // (p.pp_degree * p.virtual_pp_degree)
+    mp = link(config, "mp")[0] or 1.0
+    fetch = _seconds(stage3_bytes(config), link(config, "sharding")[0])
+    forward, backward = [], []
+    for first in range(0, config.model.layers, layers):
+        there = back = 0.0
+        for layer in range(first, first + layers):
+            ahead, again = _block(config, layer, flops, memory, tokens)
+            travel = layer_bytes(config, Recompute.none) / mp / 2 if p.mp_degree > 1 else 0.0
+            every = layer_bytes(config, counts.recompute_of(config, layer)) / mp if p.mp_degree > 1 else 0.0
+            there += ahead + travel + fetch
+            back += 2 * ahead + again + (every - travel) + 2 * fetch
+        forward.append(there)
+        backward.append(back)
+    edge = head_bytes(config) / mp if p.mp_degree > 1 else 0.0
+    look_up = tokens * 4 * config.model.hidden * element_size(config) / memory
+    forward[0] += look_up + edge
+    backward[0] += look_up
+    ahead, again = _head(config, flops, memory, tokens)
+    forward[-1] += ahead
+    backward[-1] += 2 * ahead + again + edge
+    return StageTimes(forward, backward, _hop(config), _reduce(config), _update(config, memory))
+
+
+def stage3_bytes(config: Config) -> float:
+    """Sent per block and pass at sharding stage 3; the gradients' way is as long."""
+    p = config.parallel
+    if p.sharding_degree == 1 or p.sharding_stage < 3:
+        return 0.0
+    return (p.sharding_degree - 1) / p.sharding_degree * counts.block_elements(config) * element_size(config)
+
+
+def _seconds(sent: float, rate: float | None) -> float:
+    return sent / rate if rate else 0.0
+
+
+def _block(config: Config, layer: int, flops: float, memory: float, tokens: int) -> tuple[float, float]:
+    """Seconds of a block's forward pass, and of what it does again."""
+    p, how = config.parallel, counts.recompute_of(config, layer)
+    causal = flash(config) or on_cpu(config)
+    ahead = counts.forward_flops(config, causal=causal) / p.mp_degree / flops + _passes(config) / memory
+    again = counts.recomputed_flops(config, layer, causal=causal) / p.mp_degree / flops
+    if how is Recompute.full:
+        again = ahead
+    elif how is not Recompute.none:
+        again += _matrix_passes(config) / memory
+    return tokens * ahead, tokens * again
+
+
+def _passes(config: Config) -> float:
+    """Bytes per token that one block's forward pass reads and writes between its matrix products.
+
+    Two LayerNorms (2 h each), bias and residual sums with dropout (8 h), bias of q, k, v and their split (12 h), GELU
+    and its bias (4 f); with sequence parallel all but the latter two are shared out.
+    """
+    m, p, size = config.model, config.parallel, element_size(config)
+    outside = (18 * size + 2 * (m.dropout > 0)) * m.hidden / (p.mp_degree if p.sequence_parallel else 1)
+    inside = (12 * m.hidden + 4 * m.ffn) * size / p.mp_degree
+    return outside + inside + _matrix_passes(config)
+
+
+def _matrix_passes(config: Config) -> float:
+    """Of softmax and dropout over the attention matrix, which FlashAttention never has."""
+    if flash(config):
+        return 0.0
+    columns = config.data.seq_len / (2 if on_cpu(config) else 1)
+    return (8 * element_size(config) + 1) * config.model.heads * columns / config.parallel.mp_degree
+
+
+def _head(config: Config, flops: float, memory: float, tokens: int) -> tuple[float, float]:
+    """Of the head with its loss: logits are written, read as float32, and become probabilities."""
+    size, mp = element_size(config), config.parallel.mp_degree
+    product = counts.head_flops(config) / mp / flops
+    passes = counts.head_flops(config) / 2 / config.model.hidden / mp * (2 * size + 16) / memory
+    again = product + passes if config.model.loss_chunk and not on_cpu(config) else 0.0
+    return tokens * (product + passes), tokens * again
+
+
+def _hop(config: Config) -> float:
+    return _seconds(hop_bytes(config), link(config, "pp")[0])
+
+
+def _reduce(config: Config) -> float:
+    """Gradients and updated parameters at the end of a step; at sharding stages 2 and 3 also after micro batches."""
+    p = config.parallel
+    biggest = max(part.elements for part in counts.stage_parameters(config))
+    shared = sharding_bytes(config, biggest) if p.sharding_degree > 1 else 0.0
+    if p.sharding_stage == 3 and p.sharding_degree > 1:  # the rest is in the passes of the blocks
+        shared = max(0.0, shared - 3 * stage3_bytes(config) * config.model.layers * accumulate_steps(config))
+    return (
+        _seconds(dp_bytes(config, biggest), link(config, "dp")[0])
+        + _seconds(shared, link(config, "sharding")[0])
+        + _seconds(sp_bytes(config), link(config, "mp")[0])
+        + _seconds(tied_bytes(config), link(config, "pp")[0])
+    )
+
+
+def _update(config: Config, memory: float) -> float:
+    """AdamW reads gradient, weight and moments and writes the latter; norm and clip read and write once more."""
+    size = element_size(config)
+    elements = max(part.owned for part in counts.stage_parameters(config))
+    slots = 24 if size == 4 else 28
+    return elements * (slots + 3 * size) / memory
+
+
+def pipeline_bubble(config: Config) -> float:
+    """Share of a step that a stage waits: (p - 1) / (v m + p - 1) for p stages, m micro batches, v chunks."""
+    p, v = config.parallel.pp_degree, config.parallel.virtual_pp_degree
+    return (p - 1) / (v * accumulate_steps(config) + p - 1)
+
+
+def cost(config: Config) -> Cost | None:
+    """Of a step of ``config`` on ``config.device``; None if that does not state what is needed.
+
+    A pipeline of p stages with m micro batches and v chunks takes as long as its slowest rank computes, (p - 1) / v
+    passes of a rank more at start and end (Narayanan et al., 2021, section 2.2), and two hops per chunk and micro
+    batch.
+    """
+    p, micros = config.parallel, accumulate_steps(config)
+    times, rate = stage_times(config), peak(config.device, config.precision.dtype)
+    if times is None or rate is None:
+        return None
+    stages, v = p.pp_degree, p.virtual_pp_degree
+    ranks = [sum(times.forward[k::stages]) + sum(times.backward[k::stages]) for k in range(stages)]
+    slowest, mean = max(ranks), sum(ranks) / stages
+    bubble = (stages - 1) / v * mean + micros * (slowest - mean) if stages > 1 else 0.0
+    hops = 2 * times.send * (micros * v + stages - 1) if stages > 1 else 0.0
+    tokens = global_batch_size(config) * config.data.seq_len
+    inside = _inside(config)
+    busy = micros * mean
+    return Cost(
+        seconds=busy + bubble + hops + times.reduce + times.update,
+        compute=busy - inside + times.update,
+        exposed=inside + hops + times.reduce,
+        bubble=bubble,
+        tokens=tokens,
+        ranks=world_size(config),
+        model_flops=tokens * counts.flops_per_token(config),
+        hardware_flops=tokens * counts.hardware_flops_per_token(config),
+        peak=rate,
+    )
+
+
+def _inside(config: Config) -> float:
+    """Exchanges within passes, of a mean rank: over mp, and at sharding stage 3."""
+    p, micros = config.parallel, accumulate_steps(config)
+    layers = config.model.layers
+    found = 0.0
+    if p.mp_degree > 1:
+        every = sum(layer_bytes(config, counts.recompute_of(config, layer)) for layer in range(layers))
+        found += _seconds((every + 2 * head_bytes(config)) * micros / p.pp_degree, link(config, "mp")[0])
+    return found + _seconds(3 * stage3_bytes(config) * layers * micros / p.pp_degree, link(config, "sharding")[0])

@@ -1,0 +1,229 @@
+"""Bytes on a rank. h hidden, f ffn, s sequence, a heads, V rows of the table, e bytes of an element.
+
+State is exact. What a block keeps is listed tensor by tensor, for the two sets of operations that this project has:
+Paddle's own on an accelerator, which add up to Korthikanti et al. 2022, table 2, and ``gpt.kernels`` on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpt.config import (
+    Config,
+    Device,
+    DType,
+    Recompute,
+    accumulate_steps,
+    micro_batch_size,
+    padded_vocab,
+)
+from gpt.config_plan import Attention
+from gpt.plan import counts, schedule
+
+QUERY_BLOCK = 256  # of gpt.kernels, whose attention keeps what is left of the diagonal block and that
+BUCKET_ELEMENTS = 1 << 25  # of gpt.exchange
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a pipeline stage.
+
+    Attributes:
+        weights: in the type of the computation.
+        gradients: all of a step.
+        optimizer: float32 master weights and moments.
+        activations: kept by all micro batches in flight.
+        logits: of the head and its loss, on the last stage.
+        again: most that one block needs at once in its backward pass; with recomputation, all of it.
+        gathered: parameters of others at sharding stage 3: of one block, and those outside blocks.
+        buffers: flat copies of gradients and updates that travel, after the last backward pass.
+        host: of an offloaded optimizer, in the memory of the host.
+        early: whether gradients are there already when most activations are.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    again: int
+    gathered: int
+    buffers: int
+    host: int
+    early: bool
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients, optimizer."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def between(self) -> int:
+        """What is there between steps."""
+        return self.weights + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment: at the last forward pass in flight, or when gradients travel."""
+        working = self.activations + max(self.logits, self.again) + self.gathered
+        inside = self.gradients + working if self.early else max(working, self.gradients + self.again)
+        return self.between + max(inside, self.gradients + self.buffers)
+
+    @property
+    def working(self) -> int:
+        """What the fullest moment adds to state and activations."""
+        return max(0, self.total - self.state - self.activations)
+
+
+def memory(config: Config) -> Memory:
+    """Of the fullest stage."""
+    return max(stages(config), key=lambda need: need.total)
+
+
+def stages(config: Config) -> list[Memory]:
+    """For every pipeline stage, the first first."""
+    return [_stage(config, number, part) for number, part in enumerate(counts.stage_parameters(config))]
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a weight, a gradient, an activation."""
+    return FP32 if config.precision.dtype is DType.fp32 else 2
+
+
+def in_flight(config: Config, stage: int) -> int:
+    """Micro batches times chunks whose activations a stage holds at once under Fleet's schedule."""
+    p, micros = config.parallel, accumulate_steps(config)
+    order = schedule.of_fleet(p.pp_degree, micros, p.virtual_pp_degree)
+    return schedule.in_flight(order, stage, p.pp_degree, micros, p.virtual_pp_degree)
+
+
+def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
+    p, size = config.parallel, element_size(config)
+    shared = p.sharding_degree > 1
+    stored = part.owned if shared and p.sharding_stage >= 3 else part.elements
+    summed = part.owned if shared and p.sharding_stage >= 2 else part.elements
+    slots = (8 if size == FP32 else 12) * part.owned
+    away = config.optimizer.offload
+    tokens = config.data.seq_len * micro_batch_size(config)
+    held = in_flight(config, number)
+    first, last = number == 0, number == p.pp_degree - 1
+    # A second micro batch's gradient of a tensor is there before it is added to the first's.
+    passing = size * part.largest * (2 if shared and p.sharding_stage >= 2 else 1)
+    early = held < accumulate_steps(config) * p.virtual_pp_degree
+    gathered = 0
+    if shared and p.sharding_stage >= 3:
+        gathered = size * (counts.block_elements(config) + part.outside)
+    return Memory(
+        weights=size * stored,
+        gradients=size * summed,
+        optimizer=0 if away else slots,
+        activations=round(tokens * _kept(config, number, held, first=first, last=last)),
+        logits=_logits(config, tokens) if last else 0,
+        again=round(tokens * _again(config, number)) + (passing if early or shared else 0),
+        gathered=gathered,
+        buffers=_buffers(config, part),
+        host=(slots + FP32 * part.owned * (size == FP32) + FP32 * part.owned) if away else 0,
+        early=early,
+    )
+
+
+def _kept(config: Config, number: int, held: int, *, first: bool, last: bool) -> float:
+    """Bytes per token of a micro batch that a stage keeps, over all ``held`` chunks in flight."""
+    m, p, size = config.model, config.parallel, element_size(config)
+    layers = counts.layers_of_stage(m.layers, p.pp_degree, p.virtual_pp_degree, number)
+    per_chunk = sum(block(config, counts.recompute_of(config, layer)) for layer in layers) / p.virtual_pp_degree
+    between = size * m.hidden * _outside(config)
+    if p.pp_degree > 1:  # the schedule keeps what a stage sends; what it receives is the first block's input
+        per_chunk += between * (not last or p.virtual_pp_degree > 1)
+        per_chunk += between * (on_cpu(config) and not first and m.recompute is not Recompute.full)
+    mask = m.hidden * (m.dropout > 0) if first else 0.0  # after the embedding
+    norm = between + size * m.hidden if last else 0.0  # the last one's input and output
+    return held * per_chunk + (mask + norm) * max(1, held / p.virtual_pp_degree)
+
+
+def on_cpu(config: Config) -> bool:
+    """Whether the ranks run this project's CPU kernels."""
+    return config.cluster.device is Device.cpu or config.device.name == "cpu"
+
+
+def flash(config: Config) -> bool:
+    """Whether attention keeps no probabilities; FlashAttention has no float32."""
+    return config.device.attention is Attention.flash and config.precision.dtype is not DType.fp32
+
+
+def _outside(config: Config) -> float:
+    """What a rank has of an activation between the split linears."""
+    return 1 / config.parallel.mp_degree if config.parallel.sequence_parallel else 1.0
+
+
+def block(config: Config, recompute: Recompute) -> float:
+    """Bytes per token that one block keeps for its backward pass."""
+    m, size, outside, mp = config.model, element_size(config), _outside(config), config.parallel.mp_degree
+    h, f = size * m.hidden, size * m.ffn
+    if recompute is Recompute.full:
+        return h * outside  # its input
+    norms = 2 * h * outside  # their inputs, on a CPU the normalised rows
+    linears = 2 * h  # inputs of the column linears; under sequence parallel Fleet keeps them gathered
+    masks = 2 * m.hidden * outside * (m.dropout > 0)
+    mlp = f / mp * (3 if on_cpu(config) else 2)  # in and out of the GELU; on a CPU its tanh too
+    if recompute is Recompute.full_attn:
+        return norms + (h + h * outside) + masks + mlp
+    attention = 4 * h / mp  # q, k, v and their mix
+    if on_cpu(config) and config.parallel.sequence_parallel:
+        attention += h / mp  # turned for the next linear
+    probabilities = 0.0 if recompute is Recompute.core_attn else _probabilities(config)
+    return norms + linears + masks + mlp + attention + probabilities
+
+
+def _probabilities(config: Config) -> float:
+    """Of the attention matrix, per token."""
+    m, size, mp = config.model, element_size(config), config.parallel.mp_degree
+    dropped = m.attention_dropout > 0
+    if on_cpu(config):
+        return _causal_columns(config.data.seq_len) * m.heads / mp * (FP32 + dropped)
+    if flash(config):
+        return FP32 * m.heads / mp  # the rows' sums
+    return config.data.seq_len * m.heads / mp * (size + (1 + size) * dropped)
+
+
+def _causal_columns(length: int) -> float:
+    """Mean columns of a row that attention in query blocks computes."""
+    ends = [min(start + QUERY_BLOCK, length) for start in range(0, length, QUERY_BLOCK)]
+    return sum((end - start) * end for start, end in zip(range(0, length, QUERY_BLOCK), ends, strict=True)) / length
+
+
+def _again(config: Config, number: int) -> float:
+    """Bytes per token of what one block's backward pass has at once, beyond what was kept."""
+    m, p, size = config.model, config.parallel, element_size(config)
+    layers = counts.layers_of_stage(m.layers, p.pp_degree, p.virtual_pp_degree, number)
+    h, f, mp = size * m.hidden, size * m.ffn, p.mp_degree
+    matrix = 0.0 if flash(config) else _probabilities(config)
+    flowing = 2 * h + max(2 * f / mp, 8 * h / mp + (QUERY_BLOCK * m.heads / mp * FP32 if on_cpu(config) else matrix))
+    whole = block(config, Recompute.none)
+    return flowing + max(whole - block(config, counts.recompute_of(config, layer)) for layer in layers)
+
+
+def _logits(config: Config, tokens: int) -> int:
+    """The head and its loss: per row and column what exists at once, 8 bytes on an accelerator (float32 and softmax).
+
+    On a CPU the gradients are made in the forward pass: of the input, and of the table (twice if it is in chunks).
+    """
+    m, mp = config.model, config.parallel.mp_degree
+    rows, columns = min(m.loss_chunk or tokens, tokens), padded_vocab(config) / mp
+    if not on_cpu(config):
+        return round(8 * rows * columns)
+    if mp > 1:
+        return round(4 * FP32 * rows * columns)
+    parts = 1 if rows == tokens else 2
+    return round(FP32 * (rows * columns + parts * (columns + tokens) * m.hidden))
+
+
+def _buffers(config: Config, part: counts.Stage) -> int:
+    """Flat copies of a bucket (``gpt.exchange``), there and back; on an accelerator also the norm's float32 squares."""
+    p, size = config.parallel, element_size(config)
+    squares = 0 if on_cpu(config) else 2 * FP32 * part.largest
+    if p.dp_degree * p.sharding_degree == 1:
+        return squares
+    bucket = max(part.largest, min(part.elements, BUCKET_ELEMENTS))
+    return max(2 * size * bucket, squares)

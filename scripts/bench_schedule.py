@@ -1,0 +1,181 @@
+"""Pipelines on this machine's cores beside their simulation: does ``gpt.plan.simulation`` tell a step's time?
+
+    python scripts/bench_schedule.py
+
+Each row is a job of its own through the engine, one thread a rank; every forward and backward pass is timed. What the
+simulation is told is measured with one micro batch under way, so nothing overlaps: seconds of each stage's passes, of a
+message, and of what follows the passes. It then predicts the steps with more micro batches, and interleaved ones. The
+table goes into docs/plan-validation.md, the two pictures beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import rank_jobs  # noqa: E402
+
+from gpt import cli  # noqa: E402
+from gpt.config import Config, typed  # noqa: E402
+from gpt.files import replace_section  # noqa: E402
+from gpt.plan.picture import draw  # noqa: E402
+from gpt.plan.schedule import Kind  # noqa: E402
+from gpt.plan.simulation import Event, Pipeline, Timeline, simulate  # noqa: E402
+
+LAYERS, MICRO = 8, 2
+MODEL = [
+    "model=tiny", "model.hidden=192", f"model.layers={LAYERS}", "model.heads=3", "model.vocab=2048",
+    "data=tokens", "data.path=none", f"trainer.micro_batch_size={MICRO}", "cluster.device=cpu",
+]  # fmt: skip
+STEPS, QUICKEST = 40, 3  # of each job, and how many of them are counted: others use the machine too
+PAGE = ROOT / "docs" / "plan-validation.md"
+
+
+class Step(NamedTuple):
+    """One measured step: begin and end of the whole, and (kind, begin, end) of each pass, on a clock all ranks share."""
+
+    begin: float
+    end: float
+    passes: list[tuple[str, float, float]]
+
+
+def serve(config: Config, answer: Path) -> None:
+    """In a rank: train, and write when each pass of each step began and ended."""
+    from gpt.engine import Engine
+    from gpt.topology import Topology
+    from gpt.worker import leave
+
+    engine = Engine(config, Topology.connect(config))
+    samples: Any = rank_jobs.RandomSamples(config)
+    passes: list[tuple[str, float, float]] = []
+    (schedule,) = engine.model.schedule
+    for name, kind in (("_forward_step", "F"), ("_backward_step", "B")):
+        setattr(schedule, name, _timed(getattr(schedule, name), kind, passes))
+    steps = []
+    for number in range(1, STEPS + 1):
+        engine.topology.totals(0.0)  # all ranks begin together
+        passes.clear()
+        begin = time.perf_counter()
+        engine.step(number, samples)
+        steps.append(Step(begin, time.perf_counter(), list(passes)))
+    answer.write_text(json.dumps(steps))
+    leave(0)
+
+
+def _timed(step: Any, kind: str, passes: list[tuple[str, float, float]]) -> Any:
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        begin = time.perf_counter()
+        result = step(*arguments, **named)
+        passes.append((kind, begin, time.perf_counter()))
+        return result
+
+    return wrapped
+
+
+def measure(stages: int, micros: int, chunks: int = 1) -> list[list[Step]]:
+    """By step, the quickest first, what each rank measured."""
+    degrees = [f"parallel.pp_degree={stages}", f"parallel.virtual_pp_degree={chunks}"]
+    config = cli.job([*MODEL, "parallel=single", *degrees, f"trainer.global_batch_size={MICRO * micros}"])
+    by_rank = [[Step(*step) for step in steps] for steps in rank_jobs.answers(__file__, config)]
+    return sorted(map(list, zip(*by_rank, strict=True)), key=whole)[:QUICKEST]
+
+
+def whole(ranks: list[Step]) -> float:
+    """Seconds of a step."""
+    return max(rank.end for rank in ranks) - min(rank.begin for rank in ranks)
+
+
+def span(ranks: list[Step]) -> float:
+    """Seconds from the first pass of any rank to the last."""
+    return max(rank.passes[-1][2] for rank in ranks) - min(rank.passes[0][1] for rank in ranks)
+
+
+class Parts(NamedTuple):
+    """What the simulation is told, in seconds."""
+
+    forward: list[float]
+    backward: list[float]
+    links: list[float]
+    rest: float
+
+
+def parts(steps: list[list[Step]]) -> Parts:
+    """From steps of one micro batch: medians of passes, of the gaps between them, of what follows."""
+    stages = range(len(steps[0]))
+    times = [
+        [median(ranks[stage].passes[i][2] - ranks[stage].passes[i][1] for ranks in steps) for stage in stages]
+        for i in (0, 1)
+    ]
+    gaps = [
+        median(ranks[stage + 1].passes[0][1] - ranks[stage].passes[0][2] for ranks in steps) for stage in stages[:-1]
+    ]
+    rest = median(whole(ranks) - span(ranks) for ranks in steps)
+    return Parts(times[0], times[1], [*gaps, median(gaps)], rest)
+
+
+def interleaved(told: Parts, chunks: int) -> Parts:
+    """The same model cut finer: the middle stages tell a block's time, the rest is the embedding's and the head's."""
+    stages = len(told.forward)
+    cut = []
+    for times in (told.forward, told.backward):
+        middle = median(times[1:-1])
+        part = [middle / chunks] * (stages * chunks)
+        part[0] += times[0] - middle
+        part[-1] += times[-1] - middle
+        cut.append(part)
+    return Parts(cut[0], cut[1], told.links, told.rest)
+
+
+def measured_timeline(ranks: list[Step], simulated: Timeline) -> Timeline:
+    """A measured step in the form that is drawn, numbers taken from the simulation, which has the same order."""
+    begin = min(rank.passes[0][1] for rank in ranks)
+    events = [
+        [
+            Event(stage, e.kind, e.micro, e.chunk, first - begin, last - begin)
+            for e, (_, first, last) in zip(simulated.events[stage], rank.passes, strict=True)
+        ]
+        for stage, rank in enumerate(ranks)
+    ]
+    assert all(e.kind is Kind(kind) for s, r in zip(events, ranks, strict=True) for e, (kind, *_) in zip(s, r.passes))
+    ends = [part[-1].end for part in events]
+    return Timeline(simulated.pipeline, events, max(ends), ends, max(ends), simulated.in_flight)
+
+
+def main() -> None:
+    """Measure, simulate, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", type=int, default=2, help="that the simulation lets compute at once")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(typed(json.loads(arguments.serve[0])), Path(arguments.serve[1]))
+    rows = []
+    told: dict[int, Parts] = {}
+    shapes = [(stages, micros, 1) for stages in (2, 4) for micros in (1, 2, 4, 8, 16)]
+    for stages, micros, chunks in [*shapes, (4, 4, 2), (4, 8, 2), (4, 16, 2)]:
+        steps = measure(stages, micros, chunks)
+        if micros == 1:
+            told[stages] = parts(steps)
+            print(stages, told[stages], flush=True)
+        given = interleaved(told[stages], chunks) if chunks > 1 else told[stages]
+        shape = {"stages": stages, "micros": micros, "chunks": chunks, "links": given.links, "update": given.rest}
+        ideal = simulate(Pipeline(given.forward, given.backward, **shape))
+        line = simulate(Pipeline(given.forward, given.backward, **shape, cores=arguments.cores))
+        found = median(map(whole, steps))
+        rows.append(
+            f"| {stages} | {chunks} | {micros} | {line.pipeline.order.value} | {found:.3f} | {line.step:.3f} "
+            f"| {line.step / found - 1:+.1%} | {ideal.step:.3f} |"
+        )
+        print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
