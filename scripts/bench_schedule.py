@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,14 +22,13 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import rank_jobs  # noqa: E402
-
 from gpt import cli  # noqa: E402
 from gpt.config import Config, typed  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
 from gpt.plan.picture import draw  # noqa: E402
 from gpt.plan.schedule import Kind  # noqa: E402
 from gpt.plan.simulation import Event, Pipeline, Timeline, simulate  # noqa: E402
+from scripts import rank_jobs  # noqa: E402
 
 LAYERS, MICRO = 8, 2
 MODEL = [
@@ -36,11 +36,12 @@ MODEL = [
     "data=tokens", "data.path=none", f"trainer.micro_batch_size={MICRO}", "cluster.device=cpu",
 ]  # fmt: skip
 STEPS, QUICKEST = 40, 3  # of each job, and how many of them are counted: others use the machine too
+PICTURES = {(2, 8, 1), (4, 8, 2)}
 PAGE = ROOT / "docs" / "plan-validation.md"
 
 
 class Step(NamedTuple):
-    """One measured step: begin and end of the whole, and (kind, begin, end) of each pass, on a clock all ranks share."""
+    """A measured step: begin and end of the whole, and (kind, begin, end) of each pass, on a clock all ranks share."""
 
     begin: float
     end: float
@@ -134,19 +135,20 @@ def interleaved(told: Parts, chunks: int) -> Parts:
     return Parts(cut[0], cut[1], told.links, told.rest)
 
 
-def measured_timeline(ranks: list[Step], simulated: Timeline) -> Timeline:
-    """A measured step in the form that is drawn, numbers taken from the simulation, which has the same order."""
+def as_seen(ranks: list[Step], simulated: Timeline) -> Timeline:
+    """A measured step in the form that is drawn; which pass is which the simulation says, whose order is the same."""
     begin = min(rank.passes[0][1] for rank in ranks)
     events = [
         [
             Event(stage, e.kind, e.micro, e.chunk, first - begin, last - begin)
-            for e, (_, first, last) in zip(simulated.events[stage], rank.passes, strict=True)
+            for e, (kind, first, last) in zip(simulated.events[stage], rank.passes, strict=True)
+            if e.kind is Kind(kind)
         ]
         for stage, rank in enumerate(ranks)
     ]
-    assert all(e.kind is Kind(kind) for s, r in zip(events, ranks, strict=True) for e, (kind, *_) in zip(s, r.passes))
+    assert list(map(len, events)) == list(map(len, simulated.events)), "forward and backward passes in another order"
     ends = [part[-1].end for part in events]
-    return Timeline(simulated.pipeline, events, max(ends), ends, max(ends), simulated.in_flight)
+    return Timeline(replace(simulated.pipeline, update=0), events, max(ends), ends, max(ends), simulated.in_flight)
 
 
 def main() -> None:
@@ -157,24 +159,49 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.serve:
         serve(typed(json.loads(arguments.serve[0])), Path(arguments.serve[1]))
-    rows = []
-    told: dict[int, Parts] = {}
+    rows, told = list(HEAD), {}
     shapes = [(stages, micros, 1) for stages in (2, 4) for micros in (1, 2, 4, 8, 16)]
     for stages, micros, chunks in [*shapes, (4, 4, 2), (4, 8, 2), (4, 16, 2)]:
         steps = measure(stages, micros, chunks)
         if micros == 1:
             told[stages] = parts(steps)
-            print(stages, told[stages], flush=True)
+            rows.append(said(told[stages]))
         given = interleaved(told[stages], chunks) if chunks > 1 else told[stages]
-        shape = {"stages": stages, "micros": micros, "chunks": chunks, "links": given.links, "update": given.rest}
-        ideal = simulate(Pipeline(given.forward, given.backward, **shape))
-        line = simulate(Pipeline(given.forward, given.backward, **shape, cores=arguments.cores))
+        alone = Pipeline(given.forward, given.backward, stages, micros, chunks, links=given.links, update=given.rest)
+        line = simulate(replace(alone, cores=arguments.cores))
         found = median(map(whole, steps))
+        figures = f"{found * 1e3:.0f} | {line.step * 1e3:.0f} | {line.step / found - 1:+.1%}"
         rows.append(
-            f"| {stages} | {chunks} | {micros} | {line.pipeline.order.value} | {found:.3f} | {line.step:.3f} "
-            f"| {line.step / found - 1:+.1%} | {ideal.step:.3f} |"
+            f"| {stages} | {chunks} | {micros} | {line.pipeline.order.value} | {figures} "
+            f"| {simulate(alone).step * 1e3:.0f} |"
         )
         print(rows[-1], flush=True)
+        if (stages, micros, chunks) in PICTURES:
+            name = f"pp{stages}_v{chunks}_m{micros}"
+            draw(line, PAGE.with_name(f"plan-{name}-simulated.png"), "simulated:")
+            draw(as_seen(steps[0], line), PAGE.with_name(f"plan-{name}-measured.png"), "measured:")
+    replace_section(
+        PAGE,
+        "schedule",
+        "\n".join(
+            [*(row for row in rows if row.startswith("|")), "", *(row for row in rows if not row.startswith("|"))]
+        ),
+    )
+
+
+def said(told: Parts) -> str:
+    """What the simulation was told, as a sentence."""
+    forward, backward = (", ".join(f"{time * 1e3:.1f}" for time in times) for times in (told.forward, told.backward))
+    return (
+        f"Told for {len(told.forward)} stages, in ms: forward {forward}; backward {backward}; a message "
+        f"{median(told.links) * 1e3:.2f}; after the passes {told.rest * 1e3:.1f}."
+    )
+
+
+HEAD = [
+    "| stages | chunks | micro batches | schedule | measured, ms | simulated, ms | error | with a core per stage, ms |",
+    "|---|---|---|---|---|---|---|---|",
+]
 
 
 if __name__ == "__main__":

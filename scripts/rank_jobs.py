@@ -1,6 +1,6 @@
 """Starts the ranks of a measurement on this machine, for the benchmarks beside it.
 
-Each rank runs the script again with ``--serve JOB ANSWER``: the configuration as JSON, and the file for its JSON answer.
+Each rank runs the script again with ``--serve JOB ANSWER``: the configuration as JSON, and a file for its answer.
 """
 
 from __future__ import annotations
