@@ -11,6 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -71,6 +72,29 @@ def job(overrides: list[str]) -> Config:
 
 class Gate(Callback):
     """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
+
+    def __init__(self) -> None:
+        self.cells: list[tuple[list[str], Config | list[str]]] = []  # of a grid of plans
+
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        """Keep a cell of a grid of plans for its table."""
+        from gpt import planning
+
+        if config.hydra.mode is not RunMode.MULTIRUN or not planning.is_plan(config):
+            return
+        typed, problems = check(job_config(config), dict(config.hydra.runtime.choices))
+        self.cells.append((list(config.hydra.overrides.task), problems if problems or typed is None else typed))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Show the table of a grid of plans."""
+        from gpt import planning
+        from gpt.console import Console
+
+        if self.cells:
+            try:
+                planning.show_grid(self.cells, Console())
+            except UserError as error:
+                fail(str(error))
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""

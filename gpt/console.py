@@ -65,6 +65,31 @@ class Console:
             table.add_row(what, Text(value))
         self._rich.print(table, soft_wrap=False)
 
+    def columns(self, title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+        """Rows of equally many cells: columns of figures to the right, of words to the left."""
+        columns = list(zip(header, *rows, strict=True))
+        figures = [all(cell[:1] in "+-0123456789" for cell in column[1:]) for column in columns]
+        if not self._rich.is_terminal:
+            widths = [max(map(len, column)) for column in columns]
+            self.note(f"== {title} ==")
+            for row in (header, *rows):
+                cells = zip(row, widths, figures, strict=True)
+                self.note("  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in cells).rstrip())
+            return
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name, right in zip(header, figures, strict=True):
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self._rich.print(table, soft_wrap=False)
+
+    def verdict(self, lines: list[str], good: bool | None) -> None:
+        """A judgement: the first line says it."""
+        style = {True: "bold green", False: "bold red", None: ""}[good]
+        self._rich.print(Text("verdict: ", style="cyan") + Text(lines[0], style=style))
+        for line in lines[1:]:
+            self.note(f"  {line}")
+
     def next_commands(self, commands: list[tuple[str, str]]) -> None:
         """What to try next."""
         self.note("next:")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import heartbeat, plan, runs
+from gpt import heartbeat, plan, planning, runs
 from gpt.config import Config, Device, Split, Task, UserError, one_rank, world_size
 from gpt.console import Console
 from gpt.data import corpus
@@ -18,7 +18,6 @@ from gpt.data.prepare import build
 from gpt.data.samples import Samples
 from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
-from gpt.optim import lr_at
 from gpt.runs import Job
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
@@ -70,7 +69,7 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
     for line in host.warnings():
         console.warn(line)
     if config.task is Task.plan:
-        show_plan(config, console)
+        planning.show(config, console, overrides)
         return None
     if config.task is Task.prepare:
         _prepare(config, console)
@@ -80,17 +79,6 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         _on_trained_run(config, run_dir, overrides, console)
         return None
     return _pretrain(config, run_dir, overrides, console)
-
-
-def show_plan(config: Config, console: Console) -> None:
-    """Print what the run would need, and its learning rate."""
-    rows = plan.summary(config)
-    schedule, peak, last = config.schedule, config.optimizer.lr, config.trainer.max_steps
-    marks = sorted({1, max(1, schedule.warmup_steps), last // 4, last // 2, 3 * last // 4, last} - {0})
-    rates = ", ".join(f"{lr_at(step, peak, schedule):.3g} at {step:,}" for step in marks if step <= last)
-    rows.append(("learning rate", rates))
-    rows.append(("", console.curve([lr_at(1 + i * (last - 1) // 59, peak, schedule) for i in range(60)])))
-    console.table(f"plan: {config.model.name}", rows)
 
 
 def _prepare(config: Config, console: Console) -> None:
@@ -258,6 +246,8 @@ def _header(job: Job) -> list[tuple[str, str]]:
         ("data", f"{config.data.kind.value}: {job.data.tokens:,} tokens{entropy}"),
         ("batch", rows["batch"]),
         ("horizon", rows["horizon"]),
+        ("memory", rows["memory"]),
+        *([("time", rows["time"])] if "time" in rows else []),
         ("first loss", rows["first loss"]),
         ("run", str(_short(job.run_dir))),
     ]

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from gpt import cli, driver, follow  # noqa: E402
+from gpt import cli, driver, follow, planning  # noqa: E402
 from gpt.config import UserError  # noqa: E402
 from gpt.driver import JobFailed  # noqa: E402
 from gpt.files import conf_dir  # noqa: E402
@@ -32,6 +32,8 @@ cli.register()
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _composed(composed: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN and planning.is_plan(composed):
+        return None  # the gate makes one table of all cells, when it has seen them
     config = cli.checked(composed, hydra_config.runtime.choices)
     run_dir = Path(hydra_config.runtime.output_dir)
     try:

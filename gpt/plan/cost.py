@@ -99,15 +99,14 @@ def stage_times(config: Config, device: DeviceSpec | None = None) -> StageTimes 
     forward, backward = [], []
     for first in range(0, config.model.layers, layers):
         there = back = 0.0
-        for layer in range(first, first + layers):
-            ahead, again = _block(config, layer, flops, memory, tokens)
-            travel = layer_bytes(config, Recompute.none) / mp / 2 if p.mp_degree > 1 else 0.0
-            every = layer_bytes(config, counts.recompute_of(config, layer)) / mp if p.mp_degree > 1 else 0.0
-            there += ahead + travel + fetch
-            back += 2 * ahead + again + (every - travel) + 2 * fetch
+        for how, number in counts.kinds(config, list(range(first, first + layers))).items():
+            ahead, again = _block(config, how, flops, memory, tokens)
+            travel, every = (layer_bytes(config, some) / mp for some in (Recompute.none, how))
+            there += number * (ahead + travel / 2 + fetch)
+            back += number * (2 * ahead + again + every - travel / 2 + 2 * fetch)
         forward.append(there)
         backward.append(back)
-    edge = head_bytes(config) / mp if p.mp_degree > 1 else 0.0
+    edge = head_bytes(config) / mp
     look_up = tokens * 4 * config.model.hidden * element_size(config) / memory
     forward[0] += look_up + edge
     backward[0] += look_up
@@ -129,12 +128,12 @@ def _seconds(sent: float, rate: float | None) -> float:
     return sent / rate if rate else 0.0
 
 
-def _block(config: Config, layer: int, flops: float, memory: float, tokens: int) -> tuple[float, float]:
+def _block(config: Config, how: Recompute, flops: float, memory: float, tokens: int) -> tuple[float, float]:
     """Seconds of a block's forward pass, and of what it does again."""
-    p, how = config.parallel, counts.recompute_of(config, layer)
+    p = config.parallel
     causal = flash(config) or on_cpu(config)
     ahead = counts.forward_flops(config, causal=causal) / p.mp_degree / flops + _passes(config) / memory
-    again = counts.recomputed_flops(config, layer, causal=causal) / p.mp_degree / flops
+    again = counts.recomputed_flops(config, how, causal=causal) / p.mp_degree / flops
     if how is Recompute.full:
         again = ahead
     elif how is not Recompute.none:
@@ -242,6 +241,7 @@ def _inside(config: Config) -> float:
     layers = config.model.layers
     found = 0.0
     if p.mp_degree > 1:
-        every = sum(layer_bytes(config, counts.recompute_of(config, layer)) for layer in range(layers))
+        kinds = counts.kinds(config, list(range(layers)))
+        every = sum(number * layer_bytes(config, how) for how, number in kinds.items())
         found += _seconds((every + 2 * head_bytes(config)) * micros / p.pp_degree, link(config, "mp")[0])
     return found + _seconds(3 * stage3_bytes(config) * layers * micros / p.pp_degree, link(config, "sharding")[0])

@@ -32,6 +32,7 @@ class Stage:
         owned: those that the fullest rank of the sharding group updates.
         outside: those that are not in a block: tables, the last norm.
         largest: of a single tensor.
+        widest: of a single tensor of a block.
         tied: of the word table if it is here as a copy for the head only.
     """
 
@@ -39,6 +40,7 @@ class Stage:
     owned: int
     outside: int
     largest: int
+    widest: int
     tied: int
 
 
@@ -91,7 +93,9 @@ def _stages(shape: tuple[int, ...], rows: int, mp: int, pp: int, virtual: int, d
                     load[owner[f"layers.{layer}.{name}"]] += count
             owned = max(load)
         tied = outside[WORD] if 0 < stage == pp - 1 else 0
-        found.append(Stage(elements, owned, sum(outside.values()), max([*block.values(), *outside.values()]), tied))
+        widest = max(block.values())
+        largest = max([widest, *outside.values()])
+        found.append(Stage(elements, owned, sum(outside.values()), largest, widest, tied))
     return tuple(found)
 
 
@@ -130,25 +134,29 @@ def flops_per_token(config: Config, *, causal: bool = True) -> float:
 
 def hardware_flops_per_token(config: Config, *, causal: bool = True) -> float:
     """``flops_per_token`` and what is computed again in the backward pass."""
-    again = sum(recomputed_flops(config, layer, causal=causal) for layer in range(config.model.layers))
+    parts = kinds(config, list(range(config.model.layers)))
+    again = sum(number * recomputed_flops(config, how, causal=causal) for how, number in parts.items())
     head = head_flops(config) if config.model.loss_chunk else 0.0
     return flops_per_token(config, causal=causal) + again + head
 
 
-def recomputed_flops(config: Config, layer: int, *, causal: bool = True) -> float:
-    """Forward FLOPs of one token that block ``layer`` computes twice."""
+def recomputed_flops(config: Config, how: Recompute, *, causal: bool = True) -> float:
+    """Forward FLOPs of one token that a block computes twice."""
     m = config.model
     return {
         Recompute.none: 0.0,
         Recompute.core_attn: attention_flops(config, causal=causal),
         Recompute.full_attn: 8.0 * m.hidden**2 + attention_flops(config, causal=causal),
         Recompute.full: forward_flops(config, causal=causal),
-    }[recompute_of(config, layer)]
+    }[how]
 
 
-def recompute_of(config: Config, layer: int) -> Recompute:
-    """What block ``layer`` recomputes: exempt ones nothing."""
-    return Recompute.none if layer in config.model.no_recompute_layers else config.model.recompute
+def kinds(config: Config, layers: list[int]) -> dict[Recompute, int]:
+    """How many of some blocks recompute what: few kinds, so that nobody has to ask block by block."""
+    m = config.model
+    exempt = len(set(m.no_recompute_layers) & set(layers)) if m.recompute is not Recompute.none else 0
+    found = {Recompute.none: exempt, m.recompute: len(layers) - exempt}
+    return {how: number for how, number in found.items() if number}
 
 
 def first_loss(config: Config) -> float:

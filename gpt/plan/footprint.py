@@ -36,7 +36,7 @@ class Memory:
         activations: kept by all micro batches in flight.
         logits: of the head and its loss, on the last stage.
         again: most that one block needs at once in its backward pass; with recomputation, all of it.
-        gathered: parameters of others at sharding stage 3: of one block, and those outside blocks.
+        gathered: parameters at sharding stage 3 that are there while a step uses them: those outside blocks.
         buffers: flat copies of gradients and updates that travel, after the last backward pass.
         host: of an offloaded optimizer, in the memory of the host.
         early: whether gradients are there already when most activations are.
@@ -77,8 +77,11 @@ class Memory:
 
 
 def memory(config: Config) -> Memory:
-    """Of the fullest stage."""
-    return max(stages(config), key=lambda need: need.total)
+    """Of the fullest stage: the first, the second or the last if all have equal blocks; behind it less is in flight."""
+    p, parts = config.parallel, counts.stage_parameters(config)
+    uniform = p.sharding_degree == 1 and not config.model.no_recompute_layers
+    asked = {0, min(1, p.pp_degree - 1), p.pp_degree - 1} if uniform else range(p.pp_degree)
+    return max((_stage(config, number, parts[number]) for number in sorted(asked)), key=lambda need: need.total)
 
 
 def stages(config: Config) -> list[Memory]:
@@ -100,28 +103,26 @@ def in_flight(config: Config, stage: int) -> int:
 
 def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
     p, size = config.parallel, element_size(config)
-    shared = p.sharding_degree > 1
-    stored = part.owned if shared and p.sharding_stage >= 3 else part.elements
-    summed = part.owned if shared and p.sharding_stage >= 2 else part.elements
+    split = p.sharding_stage if p.sharding_degree > 1 else 1
     slots = (8 if size == FP32 else 12) * part.owned
     away = config.optimizer.offload
     tokens = config.data.seq_len * micro_batch_size(config)
     held = in_flight(config, number)
     first, last = number == 0, number == p.pp_degree - 1
-    # A second micro batch's gradient of a tensor is there before it is added to the first's.
-    passing = size * part.largest * (2 if shared and p.sharding_stage >= 2 else 1)
+    # A second micro batch's gradient of a tensor is there before it is added to the first's; its owner takes a copy.
+    passing = size * part.widest * min(split, 2)
     early = held < accumulate_steps(config) * p.virtual_pp_degree
-    gathered = 0
-    if shared and p.sharding_stage >= 3:
-        gathered = size * (counts.block_elements(config) + part.outside)
+    come = size * counts.block_elements(config) if split == 3 else 0
+    if last and on_cpu(config) and p.mp_degree == 1:  # the head's gradients, made in the forward pass, stay to its end
+        come += FP32 * (padded_vocab(config) + tokens) * config.model.hidden
     return Memory(
-        weights=size * stored,
-        gradients=size * summed,
+        weights=size * (part.owned if split >= 3 else part.elements),
+        gradients=size * (part.owned if split >= 2 else part.elements),
         optimizer=0 if away else slots,
         activations=round(tokens * _kept(config, number, held, first=first, last=last)),
         logits=_logits(config, tokens) if last else 0,
-        again=round(tokens * _again(config, number)) + (passing if early or shared else 0),
-        gathered=gathered,
+        again=round(tokens * _again(config, number)) + come + (passing if early or split > 1 else 0),
+        gathered=size * part.outside if split == 3 else 0,
         buffers=_buffers(config, part),
         host=(slots + FP32 * part.owned * (size == FP32) + FP32 * part.owned) if away else 0,
         early=early,
@@ -132,7 +133,8 @@ def _kept(config: Config, number: int, held: int, *, first: bool, last: bool) ->
     """Bytes per token of a micro batch that a stage keeps, over all ``held`` chunks in flight."""
     m, p, size = config.model, config.parallel, element_size(config)
     layers = counts.layers_of_stage(m.layers, p.pp_degree, p.virtual_pp_degree, number)
-    per_chunk = sum(block(config, counts.recompute_of(config, layer)) for layer in layers) / p.virtual_pp_degree
+    kinds = counts.kinds(config, layers)
+    per_chunk = sum(number * block(config, how) for how, number in kinds.items()) / p.virtual_pp_degree
     between = size * m.hidden * _outside(config)
     if p.pp_degree > 1:  # the schedule keeps what a stage sends; what it receives is the first block's input
         per_chunk += between * (not last or p.virtual_pp_degree > 1)
@@ -198,10 +200,12 @@ def _again(config: Config, number: int) -> float:
     m, p, size = config.model, config.parallel, element_size(config)
     layers = counts.layers_of_stage(m.layers, p.pp_degree, p.virtual_pp_degree, number)
     h, f, mp = size * m.hidden, size * m.ffn, p.mp_degree
-    matrix = 0.0 if flash(config) else _probabilities(config)
-    flowing = 2 * h + max(2 * f / mp, 8 * h / mp + (QUERY_BLOCK * m.heads / mp * FP32 if on_cpu(config) else matrix))
     whole = block(config, Recompute.none)
-    return flowing + max(whole - block(config, counts.recompute_of(config, layer)) for layer in layers)
+    # The gradient of the stream and of a side of the GELU. When it is the attention's turn, what the MLP kept is gone.
+    scores = QUERY_BLOCK * m.heads / mp * FP32 if on_cpu(config) else _probabilities(config)
+    mlp = (3 if on_cpu(config) else 2) * f / mp + h * (1 + _outside(config))
+    flowing = 2 * h + max(f / mp, 8 * h / mp + scores - mlp)
+    return flowing + max(whole - block(config, how) for how in counts.kinds(config, layers))
 
 
 def _logits(config: Config, tokens: int) -> int:
@@ -222,8 +226,9 @@ def _logits(config: Config, tokens: int) -> int:
 def _buffers(config: Config, part: counts.Stage) -> int:
     """Flat copies of a bucket (``gpt.exchange``), there and back; on an accelerator also the norm's float32 squares."""
     p, size = config.parallel, element_size(config)
-    squares = 0 if on_cpu(config) else 2 * FP32 * part.largest
-    if p.dp_degree * p.sharding_degree == 1:
-        return squares
-    bucket = max(part.largest, min(part.elements, BUCKET_ELEMENTS))
-    return max(2 * size * bucket, squares)
+    split = p.sharding_stage if p.sharding_degree > 1 else 0
+    summed = part.owned if split >= 2 else part.elements if p.dp_degree > 1 or split else 0
+    given = part.owned if split in (1, 2) else 0
+    travels = max(summed if p.dp_degree > 1 or split == 1 else 0, given)
+    bucket = max(min(part.largest, travels), min(travels, BUCKET_ELEMENTS))
+    return max(2 * size * bucket, 0 if on_cpu(config) else 2 * FP32 * part.largest)

@@ -1,21 +1,24 @@
-"""The plan as rows of (what, how much), for people."""
+"""The plan as a few rows of (what, how much): what every run says of itself."""
 
 from __future__ import annotations
 
 from gpt.config import Config, accumulate_steps, global_batch_size, micro_batch_size, world_size
-from gpt.plan.cost import pipeline_bubble
+from gpt.plan.cost import cost, pipeline_bubble
 from gpt.plan.counts import first_loss, flops_per_token, parameters
 from gpt.plan.footprint import memory
 
 
 def summary(config: Config) -> list[tuple[str, str]]:
-    """The plan as rows of (what, how much), for people."""
+    """Rows by name: parameters, ranks, batch, horizon, compute, memory, first loss, and what else can be said."""
     tokens = global_batch_size(config) * config.data.seq_len
     steps = config.trainer.max_steps
     need = memory(config)
+    product = degrees(config)
+    parts = {"weights": need.weights, "gradients": need.gradients, "optimizer": need.optimizer}
+    parts |= {"activations": need.activations, "working": need.working}
     rows = [
         ("parameters", f"{parameters(config):,}"),
-        ("ranks", f"{world_size(config)}{_degrees(config)}"),
+        ("ranks", f"{world_size(config)}" + (f" = {product}" if product else "")),
         (
             "batch",
             f"{global_batch_size(config):,} samples = {tokens:,} tokens a step, "
@@ -29,23 +32,35 @@ def summary(config: Config) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"{_gib(need.total)} on the fullest rank: weights {_gib(need.weights)}, gradients {_gib(need.gradients)}, "
-            f"optimizer {_gib(need.optimizer)}, activations about {_gib(need.activations)} "
-            f"(recompute {config.model.recompute.value})",
+            f"{_size(need.total)} on the fullest rank: {', '.join(f'{k} {_size(v)}' for k, v in parts.items())}",
         ),
         ("first loss", f"about {first_loss(config):.2f}"),
     ]
     if config.parallel.pp_degree > 1:
         rows.append(("pipeline bubble", f"{pipeline_bubble(config):.1%} of a step"))
+    if found := cost(config):
+        days = steps * found.seconds / 86400
+        rows.append(("time", f"about {found.seconds:.3g} s a step, {days:.3g} days, on {config.device.name}"))
     return rows
 
 
-def _degrees(config: Config) -> str:
+def degrees(config: Config) -> str:
+    """Their product; '' for one rank."""
     p = config.parallel
-    degrees = {"dp": p.dp_degree, "sharding": p.sharding_degree, "mp": p.mp_degree, "pp": p.pp_degree}
-    product = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
-    return f" = {product}" if product else ""
+    factors = {"dp": p.dp_degree, "sharding": p.sharding_degree, "mp": p.mp_degree, "pp": p.pp_degree}
+    return " x ".join(f"{name} {degree}" for name, degree in factors.items() if degree > 1)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
+def layout(config: Config) -> str:
+    """Everything of ``parallel`` in a few letters: 'dp2 mp8+sp pp16/v3', 'sharding16/2'; 'single' for one rank."""
+    p = config.parallel
+    parts = [f"dp{p.dp_degree}"] if p.dp_degree > 1 else []
+    parts += [f"sharding{p.sharding_degree}/{p.sharding_stage}"] if p.sharding_degree > 1 else []
+    parts += [f"mp{p.mp_degree}" + "+sp" * p.sequence_parallel] if p.mp_degree > 1 else []
+    virtual = f"/v{p.virtual_pp_degree}" if p.virtual_pp_degree > 1 else ""
+    parts += [f"pp{p.pp_degree}{virtual}"] if p.pp_degree > 1 else []
+    return " ".join(parts) or "single"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.3g} GiB" if count >= 2**28 else f"{count / 2**20:.3g} MiB"

@@ -1,0 +1,115 @@
+"""Shows plans: of one job, of a search, of a grid. See docs/plan.md."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from gpt import plan
+from gpt.config import Config, UserError, world_size
+from gpt.console import Console
+from gpt.optim import lr_at
+from gpt.plan import tables
+from gpt.plan.search import Candidate, search
+from gpt.plan.verdict import Verdict, judge
+
+LAYOUT_KEYS = (
+    "task=", "plan.", "parallel=", "parallel.", "trainer.micro_batch_size=", "trainer.global_batch_size=",
+    "model.recompute=", "model.no_recompute_layers=",
+)  # fmt: skip
+
+
+def show(config: Config, console: Console, overrides: list[str]) -> None:
+    """Print what a job would need, how long it would take, whether it fits, and with ``plan.search`` what is best.
+
+    Args:
+        config: of the job.
+        console: to print on.
+        overrides: of the command, to print one for the best layout.
+
+    Raises:
+        UserError: it does not fit, and ``plan.require_fit`` is set.
+    """
+    if config.plan.search:
+        _show_search(config, console, overrides)
+        return
+    rows = dict(plan.summary(config))
+    shown = [(key, rows[key]) for key in ("parameters", "ranks", "batch")]
+    shown += [("compute", tables.compute(config)), ("first loss", rows["first loss"])]
+    shown += [("pipeline bubble", rows["pipeline bubble"])] if "pipeline bubble" in rows else []
+    console.table(f"plan: {_title(config)}", [*shown, *_learning_rate(config, console)])
+    memory = tables.memory_table(config)
+    console.columns(memory.title, memory.header, memory.rows)
+    if travels := tables.traffic_table(config):
+        console.columns(travels.title, travels.header, travels.rows)
+    console.table("time", tables.times(config))
+    verdict = judge(config)
+    console.verdict(verdict.lines, verdict.fits)
+    _require(config, [verdict])
+
+
+def _title(config: Config) -> str:
+    device = f" on {config.device.name}" if config.device.name else ""
+    return f"{config.model.name}, {config.precision.dtype.value}{device}"
+
+
+def _learning_rate(config: Config, console: Console) -> list[tuple[str, str]]:
+    schedule, peak, last = config.schedule, config.optimizer.lr, config.trainer.max_steps
+    marks = sorted({1, max(1, schedule.warmup_steps), last // 4, last // 2, 3 * last // 4, last} - {0})
+    rates = ", ".join(f"{lr_at(step, peak, schedule):.3g} at {step:,}" for step in marks if step <= last)
+    return [
+        ("learning rate", rates),
+        ("", console.curve([lr_at(1 + i * (last - 1) // 59, peak, schedule) for i in range(60)])),
+    ]
+
+
+def _require(config: Config, verdicts: list[Verdict]) -> None:
+    bad = [verdict.lines[0] for verdict in verdicts if verdict.fits is False]
+    if config.plan.require_fit and bad:
+        raise UserError.of([f"plan.require_fit: {line}" for line in bad])
+
+
+def _show_search(config: Config, console: Console, overrides: list[str]) -> None:
+    devices = config.plan.devices or world_size(config)
+    found = search(config, devices)
+    title = f"{_title(config)}: {len(found):,} layouts of {devices:,} devices fit"
+    if not found:
+        verdict = judge(config)
+        console.verdict([f"{title}: no layout does", *verdict.lines], False)
+        if config.plan.require_fit:
+            raise UserError.of([f"plan.require_fit: no layout of {devices:,} devices fits"])
+        return
+    console.columns(title, tables.SEARCH, tables.search_rows(found, config.plan.top))
+    console.next_commands([(command(overrides, found[0]), "the fastest; add task=plan to look at it")])
+
+
+def command(overrides: list[str], candidate: Candidate) -> str:
+    """What to type for a layout: the command at hand without its own layout, and the keys of the candidate."""
+    kept = [o for o in overrides if not o.lstrip("+").startswith(LAYOUT_KEYS)]
+    return shlex.join(["python", "-m", "gpt.main", *kept, *candidate.overrides])
+
+
+def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Console) -> None:
+    """One table for all jobs of a grid; what cannot be is said below it.
+
+    Args:
+        cells: the overrides of each, and its configuration or its problems.
+        console: to print on.
+
+    Raises:
+        UserError: no cell is legal; or one does not fit, and ``plan.require_fit`` is set.
+    """
+    legal = [config for _, config in cells if isinstance(config, Config)]
+    refused = [(overrides, config) for overrides, config in cells if not isinstance(config, Config)]
+    if not legal:
+        raise UserError.of([f"{' '.join(overrides)}: {problem}" for overrides, all_ in refused for problem in all_])
+    console.columns(f"plan of {len(cells)} jobs", tables.GRID, [tables.grid_row(config) for config in legal])
+    for overrides, problems in refused:
+        console.note(f"not possible: {' '.join(overrides)}: {'; '.join(problems)}")
+    for config in legal:
+        _require(config, [judge(config)] if config.plan.require_fit else [])
+
+
+def is_plan(composed: Any) -> bool:
+    """Whether a composed configuration asks for a plan."""
+    return str(getattr(composed.get("task"), "value", composed.get("task"))) == "plan"
