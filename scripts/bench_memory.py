@@ -3,7 +3,7 @@
     python scripts/bench_memory.py                  # all layouts, about ten minutes on two cores
     python scripts/bench_memory.py parallel=pp2     # these overrides only; nothing is written
 
-Each row is a stage of a job of its own: every rank builds the engine and makes three steps on random tokens. 'Between
+Each row is a stage of a job of its own: every rank builds the engine and makes two steps on random tokens. 'Between
 steps' is what stays (weights, master weights, optimizer state), 'peak' the most at any moment, building included. The
 plan's are of ``gpt.plan.footprint``. The table goes into docs/plan-validation.md.
 """
@@ -26,8 +26,8 @@ from gpt.plan import footprint  # noqa: E402
 from scripts import rank_jobs  # noqa: E402
 
 MODEL = [
-    "model=tiny", "model.hidden=512", "model.layers=8", "model.heads=8", "model.vocab=8192", "model.positions=256",
-    "data=tokens", "data.path=none", "trainer.micro_batch_size=2", "trainer.global_batch_size=16",
+    "model=tiny", "model.hidden=384", "model.layers=8", "model.heads=8", "model.vocab=4096", "model.positions=256",
+    "data=tokens", "data.path=none", "trainer.micro_batch_size=1", "trainer.global_batch_size=8",
     "cluster.device=cpu",
 ]  # fmt: skip
 STAGED, BY_POSITION = "parallel.sharding_stage", "parallel.sequence_parallel=true"
@@ -37,7 +37,7 @@ LAYOUTS = [
     *(["parallel=single", *kind] for kind in ([], *([f"model.recompute={kind}"] for kind in KINDS))),
     ["parallel=single", "model.dropout=0.1", "model.attention_dropout=0.1"],
     ["parallel=single", "model.loss_chunk=128"], ["parallel=single", "optimizer.offload=true"],
-    ["parallel=single", "trainer.micro_batch_size=16"], ["parallel=dp2"], ["parallel=dp8"],
+    ["parallel=single", "trainer.micro_batch_size=8"], ["parallel=dp2"], ["parallel=dp8"],
     *([f"parallel=sharding2{name}"] for name in ("", "_stage2", "_stage3")),
     *([*SHARDING4, f"{STAGED}={stage}"] for stage in (1, 2, 3)),
     *(["parallel=sharding2_stage3", f"model.recompute={kind}"] for kind in KINDS),
@@ -46,11 +46,11 @@ LAYOUTS = [
     MP4, [*MP4, BY_POSITION], ["parallel=dp2_mp2"],
     ["parallel=pp2"], *(["parallel=pp2", f"model.recompute={kind}"] for kind in KINDS), ["parallel=pp4"],
     ["parallel=pp4", "parallel.virtual_pp_degree=2"],
-    ["parallel=pp4", "parallel.virtual_pp_degree=2", "trainer.global_batch_size=8"],
+    ["parallel=pp4", "parallel.virtual_pp_degree=2", "trainer.global_batch_size=4"],
     ["parallel=mp2_pp2"], ["parallel=mp2_pp2", BY_POSITION, "model.recompute=core_attn"],
     ["parallel=dp2_mp2_pp2"], ["parallel=sharding2_mp2_pp2"],
 ]  # fmt: skip
-STEPS = 3
+STEPS = 2
 HEAD = [
     "| parallel | ranks | stage | between steps | plan | error | peak | plan | error |",
     "|---|---|---|---|---|---|---|---|---|",

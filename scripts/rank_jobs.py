@@ -34,14 +34,20 @@ class RandomSamples:
         return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((count, shape[1] - 1), np.float32))
 
 
-def answers(script: str, config: Config) -> list[Any]:
-    """What each rank of a job answered; ends this program with a rank's log if it failed."""
+def answers(script: str, config: Config, *more: str) -> list[Any]:
+    """What each rank of a job answered; ends this program with a rank's log if it failed.
+
+    Args:
+        script: that every rank runs.
+        config: of the job.
+        more: arguments for the script.
+    """
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOG_minloglevel": "2"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = []
         for rank, place in enumerate(places.here(world_size(config), gpu=False)):
-            job = ["--serve", json.dumps(plain(config)), str(folder / f"{rank}.json")]
+            job = ["--serve", json.dumps(plain(config)), str(folder / f"{rank}.json"), *more]
             variables = place.variables() if world_size(config) > 1 else {}
             env = {**os.environ, **one_thread, **host.mkl_settings(), **variables}
             with open(folder / f"{rank}.log", "wb") as log:
