@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpt.config import Config, UserError
 from gpt.files import cache_dir, conf_dir
+from gpt.plan.devices import calibrated
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
@@ -27,6 +28,7 @@ def register() -> None:
     """Tell Hydra the schema, the resolvers used in conf/, and the gate."""
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("cache_dir", cache_dir, replace=True)
+    OmegaConf.register_new_resolver("calibrated", calibrated, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)

@@ -34,11 +34,13 @@ class DeviceSpec:
     memory_gib: float | None = None
     peak_tflops: Peaks = field(default_factory=Peaks)
     efficiency: float = 0.7  # share of the peak that large matrix products reach; of all else by bandwidths
+    bandwidth_share: float = 0.8  # of the stated bandwidths that passes over memory and large messages reach
     attention: Attention = Attention.matrix
     bandwidth_gb_s: float | None = None  # of its memory
     intra_node_gb_s: float | None = None
     inter_node_gb_s: float | None = None
     per_node: int = 8
+    shared: bool = False  # all ranks of a node share one: the cores of a host
     watts: float | None = None
     price_per_hour: float | None = None  # of one device, in whatever currency
 

@@ -16,6 +16,7 @@ from gpt.config import Config, Device, global_batch_size, replicas, world_size
 from gpt.data.corpus import Prepared
 from gpt.engine import StepResult
 from gpt.log import say
+from gpt.plan.devices import peak_here
 
 WARM_UP_STEPS = 3  # left out of the typical step: they fill caches
 
@@ -38,7 +39,7 @@ def peak_memory(device: Device) -> float:
 class Meter:
     """Times steps (data, forward, backward, update; not evaluation and saving) and makes their records.
 
-    ``mfu`` is in a record only where the device's peak is known (``gpt.plan.PEAK_FLOPS``); its FLOPs are
+    ``mfu`` is in a record only where the device's peak is known (``conf/device``); its FLOPs are
     ``gpt.plan.flops_per_token``.
     """
 
@@ -48,7 +49,7 @@ class Meter:
         self.world, self.replicas = world_size(config), replicas(config)
         self.flops_per_token = plan.flops_per_token(config)
         name = paddle.device.cuda.get_device_name() if config.cluster.device is Device.gpu else "CPU"
-        self.peak = plan.peak_flops(name, config.precision.dtype)
+        self.peak = peak_here(config, name)
         self.seconds: list[float] = []
         self.memory_peak = 0.0  # GiB on the fullest rank, when it was last asked for
         self._began = 0.0

@@ -26,6 +26,7 @@ from gpt.config import (
     replicas,
 )
 from gpt.config_prepare import DocumentRule
+from gpt.rules_plan import plan_problems
 
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
@@ -112,6 +113,7 @@ def rule_problems(config: Config) -> list[str]:
         *_parallel(config),
         *_batch(config),
         *_data(config),
+        *plan_problems(config),
         *(_prepare(config) if config.task is Task.prepare else ()),
     ]
 

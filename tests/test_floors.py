@@ -13,7 +13,7 @@ from conftest import ROOT
 # Lower floors first; a module may import from its own floor and from those before it.
 FLOORS = [
     {"gpt", "gpt.config", "gpt.config_plan", "gpt.config_prepare", "gpt.files", "gpt.guard", "gpt.heartbeat"},
-    {"gpt.rules", "gpt.shapes"},
+    {"gpt.shapes"},
     {
         "gpt.plan",
         "gpt.plan.schedule",
@@ -26,7 +26,11 @@ FLOORS = [
         "gpt.plan.cost",
         "gpt.plan.summary",
     },
-    {"gpt.support"},
+    {"gpt.rules_plan"},
+    {"gpt.rules"},
+    {"gpt.plan.search", "gpt.support"},
+    {"gpt.plan.verdict"},
+    {"gpt.plan.tables"},
     {
         "gpt.data",
         "gpt.data.megatron",
@@ -58,13 +62,15 @@ FLOORS = [
     {"launchers.local", "launchers.roles"},
     {"launchers.group"},
     {"gpt.tasks", "gpt.tasks.generate", "gpt.tasks.evaluate", "gpt.tasks.pretrain"},
-    {"gpt.worker", "gpt.driver", "gpt.follow", "gpt.cli"},
+    {"gpt.worker", "gpt.driver", "gpt.planning", "gpt.follow", "gpt.cli"},
     {"gpt.main"},
 ]
 NO_PADDLE = [
     "gpt.config",
     "gpt.rules",
     "gpt.plan",
+    "gpt.plan.tables",
+    "gpt.planning",
     "gpt.runs",
     "gpt.driver",
     "gpt.follow",

@@ -12,11 +12,9 @@ from dataclasses import dataclass, replace
 from gpt.config import Config, Recompute, accumulate_steps, global_batch_size, micro_batch_size, world_size
 from gpt.config_plan import DeviceSpec
 from gpt.plan import counts
-from gpt.plan.devices import peak
+from gpt.plan.devices import of_rank, peak
 from gpt.plan.footprint import element_size, flash, on_cpu
 from gpt.plan.traffic import dp_bytes, head_bytes, hop_bytes, layer_bytes, link, sharding_bytes, sp_bytes, tied_bytes
-
-MEMORY_SHARE = 0.8  # of the memory's bandwidth that passes over activations reach
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,9 @@ class Cost:
         return self.hardware_flops / (self.seconds * self.ranks * self.peak)
 
 
-def missing(config: Config) -> list[str]:
-    """Keys of the device without which no time can be said."""
-    device, ranks = config.device, world_size(config)
+def missing(config: Config, devices: int | None = None) -> list[str]:
+    """Keys of the device without which no time can be said of so many, or of the layout at hand."""
+    device, ranks = config.device, devices or world_size(config)
     needed = {
         f"device.peak_tflops.{config.precision.dtype.value}": peak(device, config.precision.dtype),
         "device.bandwidth_gb_s": device.bandwidth_gb_s,
@@ -88,10 +86,11 @@ def stage_times(config: Config, device: DeviceSpec | None = None) -> StageTimes 
         device: instead of ``config.device``.
     """
     config = replace(config, device=device) if device else config
-    rate = peak(config.device, config.precision.dtype)
-    if missing(config) or rate is None or config.device.bandwidth_gb_s is None:
+    own = of_rank(config)
+    rate = peak(own, config.precision.dtype)
+    if missing(config) or rate is None or own.bandwidth_gb_s is None:
         return None
-    flops, memory = rate * config.device.efficiency, MEMORY_SHARE * 1e9 * config.device.bandwidth_gb_s
+    flops, memory = rate * own.efficiency, own.bandwidth_share * 1e9 * own.bandwidth_gb_s
     p, tokens = config.parallel, config.data.seq_len * micro_batch_size(config)
     layers = config.model.layers // (p.pp_degree * p.virtual_pp_degree)
     mp = link(config, "mp")[0] or 1.0
@@ -211,7 +210,7 @@ def cost(config: Config) -> Cost | None:
     batch.
     """
     p, micros = config.parallel, accumulate_steps(config)
-    times, rate = stage_times(config), peak(config.device, config.precision.dtype)
+    times, rate = stage_times(config), peak(of_rank(config), config.precision.dtype)
     if times is None or rate is None:
         return None
     stages, v = p.pp_degree, p.virtual_pp_degree

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import functools
+import json
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpt.config import DType
-from gpt.config_plan import DeviceSpec
-from gpt.files import conf_dir
+from gpt.config import Config, Device, DType, world_size
+from gpt.config_plan import DeviceSpec, Peaks
+from gpt.files import cache_dir, conf_dir
+
+CALIBRATION = ("memory_gib", "fp32_tflops", "bandwidth_gb_s", "link_gb_s")
+
+
+def calibration_file() -> Path:
+    """Where ``scripts/calibrate.py`` puts what it measured of this host."""
+    return Path(cache_dir(), "device_cpu.json")
+
+
+def calibrated(key: str) -> float | None:
+    """A measured figure of this host, one of ``CALIBRATION``; None if it was not measured."""
+    try:
+        stored = json.loads(calibration_file().read_text(encoding="utf-8"))
+        return float(stored[key]) if key in CALIBRATION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @functools.lru_cache(maxsize=1)
@@ -36,6 +54,16 @@ def called(device_name: str) -> DeviceSpec | None:
     return max(parts, key=lambda pair: len(pair[0]), default=("", None))[1]
 
 
+def of_rank(config: Config) -> DeviceSpec:
+    """The device of one rank: a share of one that all ranks have in common."""
+    device, ranks = config.device, world_size(config)
+    if not device.shared or ranks == 1:
+        return device
+    peaks = {key: value / ranks if value else None for key, value in vars(device.peak_tflops).items()}
+    memory, bandwidth = (x / ranks if x else None for x in (device.memory_gib, device.bandwidth_gb_s))
+    return replace(device, peak_tflops=Peaks(**peaks), memory_gib=memory, bandwidth_gb_s=bandwidth)
+
+
 def peak(device: DeviceSpec, dtype: DType) -> float | None:
     """FLOP/s of dense matrix products, or None where it is not stated."""
     tflops = getattr(device.peak_tflops, dtype.value)
@@ -51,3 +79,14 @@ def peak_flops(device_name: str, dtype: DType) -> float | None:
     """
     spec = called(device_name)
     return peak(spec, dtype) if spec else None
+
+
+def peak_here(config: Config, device_name: str) -> float | None:
+    """FLOP/s of the device that a rank runs on: of the one that was chosen, else of the one that Paddle calls so.
+
+    On a CPU only ``device=cpu`` says it, which is measured.
+    """
+    chosen = config.device.name is not None
+    if config.cluster.device is Device.cpu:
+        return peak(of_rank(config), config.precision.dtype) if config.device.name == "cpu" else None
+    return peak(config.device, config.precision.dtype) if chosen else peak_flops(device_name, config.precision.dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gpt.config import Config, Parallel, Recompute, UserError, global_batch_size
 from gpt.config_plan import DeviceSpec
 from gpt.plan.cost import Cost, cost, missing
+from gpt.plan.devices import of_rank
 from gpt.plan.footprint import memory
 from gpt.rules import rule_problems
 
@@ -37,7 +38,7 @@ class Candidate:
 
 def limit(config: Config) -> float | None:
     """Bytes of a device that a job may use; None where its memory is not stated."""
-    gib = config.device.memory_gib
+    gib = of_rank(config).memory_gib
     return (gib - config.plan.reserve_gib) * GIB if gib else None
 
 
@@ -64,7 +65,7 @@ def search(config: Config, devices: int, device: DeviceSpec | None = None) -> li
         UserError: the device does not state what times and bytes need.
     """
     config = replace(config, device=device) if device else config
-    lacking = [*missing(config), *([] if config.device.memory_gib else ["device.memory_gib"])]
+    lacking = [*missing(config, devices), *([] if config.device.memory_gib else ["device.memory_gib"])]
     if lacking:
         raise UserError.of([f"a search needs {', '.join(lacking)}: choose a device with device=..."])
     return sorted(candidates(config, devices), key=lambda candidate: (candidate.seconds, candidate.bytes))

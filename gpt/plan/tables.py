@@ -14,6 +14,7 @@ from gpt.plan.traffic import traffic
 from gpt.plan.verdict import bound
 
 DAY = 86400.0
+CALIBRATE = "this host was not measured yet: python scripts/calibrate.py"
 Row = tuple[str, ...]
 
 
@@ -80,6 +81,8 @@ def times(config: Config) -> list[tuple[str, str]]:
     if found is None:
         if config.device.name is None:
             return [("time", "no device is stated, so no time is said: device=a100_80, h100, v100_32, ...")]
+        if config.device.name == "cpu" and config.precision.dtype.value == "fp32":
+            return [("time", f"not said: {CALIBRATE}")]
         stated = [t for t in ("fp32", "bf16", "fp16") if getattr(config.device.peak_tflops, t)]
         lacking = f"{config.device.name} does not state {', '.join(missing(config))}"
         return [("time", f"not said: {lacking} (it has peaks for precision={', '.join(stated) or 'nothing'})")]

@@ -13,8 +13,6 @@ from gpt.config import Config, Recompute, accumulate_steps, micro_batch_size
 from gpt.plan import counts
 from gpt.plan.footprint import element_size
 
-LINK_SHARE = 0.8  # of a link's rate that large messages reach
-
 
 @dataclass(frozen=True)
 class Traffic:
@@ -52,17 +50,14 @@ def link(config: Config, axis: str) -> tuple[float | None, bool]:
         if name == axis:
             break
         stride *= degree
-    inside, between = (_rate(gb_s) for gb_s in (device.intra_node_gb_s, device.inter_node_gb_s))
+    rates = (device.intra_node_gb_s, device.inter_node_gb_s)
+    inside, between = (device.bandwidth_share * 1e9 * gb_s if gb_s else None for gb_s in rates)
     if stride * degrees[axis] <= device.per_node:
         return inside, False
     if inside is None or between is None:
         return between, True
     members = 1 if axis == "pp" else max(1, device.per_node // stride)
     return min(inside, members * between), True
-
-
-def _rate(gb_s: float | None) -> float | None:
-    return LINK_SHARE * 1e9 * gb_s if gb_s else None
 
 
 def traffic(config: Config) -> list[Traffic]:

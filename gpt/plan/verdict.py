@@ -32,8 +32,10 @@ def judge(config: Config) -> Verdict:
     if room is None:
         lines = [f"{gib(need.total)}{where}, {largest}", *_holders(config)]
         return Verdict(None, lines)
-    device, spare = config.device, room - need.total
-    have = f"{gib(room)} of {device.name or 'the device'} ({device.memory_gib:g} less {config.plan.reserve_gib:g} kept)"
+    device, spare = devices.of_rank(config), room - need.total
+    have = (
+        f"{gib(room)} of {device.name or 'the device'} ({device.memory_gib:.4g} less {config.plan.reserve_gib:g} kept)"
+    )
     if spare >= 0:
         lines = [f"fits: {gib(need.total)}{where} within the {have}; {gib(spare)} to spare; {largest}"]
         time = cost(config)

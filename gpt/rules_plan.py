@@ -1,0 +1,61 @@
+"""The rules of ``device`` and ``plan``; called by ``gpt.rules``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpt.config import Config, Task, replicas, world_size
+from gpt.config_plan import DeviceSpec
+from gpt.plan.cost import missing
+
+POSITIVE = ("memory_gib", "bandwidth_gb_s", "intra_node_gb_s", "inter_node_gb_s", "watts", "per_node")
+
+
+def plan_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the device, and with what is asked of a plan."""
+    yield from _device(config.device)
+    plan = config.plan
+    for key in ("token_budget", "devices", "top"):
+        value = getattr(plan, key)
+        if value is not None and value < 1:
+            yield f"plan.{key}={value}: must be at least 1"
+    if not 0 <= plan.reserve_gib < float("inf"):
+        yield f"plan.reserve_gib={plan.reserve_gib}: must be at least 0"
+    if config.task is not Task.plan:
+        return
+    memory = config.device.memory_gib
+    if memory is not None and memory <= plan.reserve_gib:
+        yield f"plan.reserve_gib={plan.reserve_gib:g} leaves nothing of device.memory_gib={memory:g}"
+    if plan.devices is not None and not plan.search:
+        yield (
+            f"plan.devices={plan.devices} is how many devices a search may use: add plan.search=true "
+            f"(the layout at hand has {world_size(config)} ranks)"
+        )
+    if plan.require_fit and memory is None:
+        yield "plan.require_fit=true needs device.memory_gib: choose a device with device=..."
+    if plan.search and (lacking := _lacking(config)):
+        yield (
+            "plan.search=true on device=cpu needs this host measured: python scripts/calibrate.py, and precision=fp32"
+            if config.device.name == "cpu"
+            else f"plan.search=true ranks by time, for which {config.device.name or 'device=auto'} does not state "
+            f"{', '.join(lacking)}: choose with device=..., or another precision=..."
+        )
+
+
+def _lacking(config: Config) -> list[str]:
+    if min(replicas(config), world_size(config), config.device.per_node) < 1:
+        return []  # said elsewhere
+    memory = [] if config.device.memory_gib else ["device.memory_gib"]
+    return [*memory, *missing(config, config.plan.devices or world_size(config))]
+
+
+def _device(device: DeviceSpec) -> Iterator[str]:
+    peaks = {f"peak_tflops.{key}": getattr(device.peak_tflops, key) for key in ("fp32", "bf16", "fp16")}
+    for key, value in {**{key: getattr(device, key) for key in POSITIVE}, **peaks}.items():
+        if value is not None and not 0 < value < float("inf"):
+            yield f"device.{key}={value}: must be more than 0 (null: not known)"
+    for key in ("efficiency", "bandwidth_share"):
+        if not 0 < getattr(device, key) <= 1:
+            yield f"device.{key}={getattr(device, key)}: a share of what is stated, from more than 0 up to 1"
+    if device.price_per_hour is not None and not 0 <= device.price_per_hour < float("inf"):
+        yield f"device.price_per_hour={device.price_per_hour}: must be at least 0"
