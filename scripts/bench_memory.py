@@ -36,7 +36,7 @@ SHARDING4, MP4 = ["parallel=single", "parallel.sharding_degree=4"], ["parallel=s
 LAYOUTS = [
     *(["parallel=single", *kind] for kind in ([], *([f"model.recompute={kind}"] for kind in KINDS))),
     ["parallel=single", "model.dropout=0.1", "model.attention_dropout=0.1"],
-    ["parallel=single", "model.loss_chunk=128"], ["parallel=single", "optimizer.offload=true"],
+    ["parallel=single", "model.loss_chunk=128"],
     ["parallel=single", "trainer.micro_batch_size=8"], ["parallel=dp2"], ["parallel=dp8"],
     *([f"parallel=sharding2{name}"] for name in ("", "_stage2", "_stage3")),
     *([*SHARDING4, f"{STAGED}={stage}"] for stage in (1, 2, 3)),

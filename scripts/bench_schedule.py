@@ -4,8 +4,11 @@
 
 Each row is a job of its own through the engine, one thread a rank; every forward and backward pass is timed. What the
 simulation is told is measured with one micro batch under way, so nothing overlaps: seconds of each stage's passes, of a
-message, and of what follows the passes. It then predicts the steps with more micro batches, and interleaved ones. The
-table goes into docs/plan-validation.md, the two pictures beside it.
+message, and of what follows the passes. It then predicts the steps with more micro batches, and interleaved ones.
+
+'free' lets passes take what they take, so stages compete for the cores, also with whatever else runs. 'held' makes
+every pass last a set time, longer than it computes, as if each stage had a device of its own: then more stages than
+cores can be compared. The tables go into docs/plan-validation.md, the two pictures beside it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from gpt import cli  # noqa: E402
 from gpt.config import Config, typed  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
 from gpt.plan.picture import draw  # noqa: E402
-from gpt.plan.schedule import Kind  # noqa: E402
+from gpt.plan.schedule import Kind, bubble  # noqa: E402
 from gpt.plan.simulation import Event, Pipeline, Timeline, simulate  # noqa: E402
 from scripts import rank_jobs  # noqa: E402
 
@@ -36,7 +39,13 @@ MODEL = [
     "data=tokens", "data.path=none", f"trainer.micro_batch_size={MICRO}", "cluster.device=cpu",
 ]  # fmt: skip
 STEPS, QUICKEST = 40, 3  # of each job, and how many of them are counted: others use the machine too
-PICTURES = {(2, 8, 1), (4, 8, 2)}
+HELD, HEAD_SHARE = {"F": 0.04, "B": 0.08}, 1.5  # seconds of a stage's passes; of the last stage's so much more
+HELD_STEPS = 6
+SMALL = ["model.hidden=64", "model.heads=1", "model.vocab=512"]  # computes in a fraction of that
+SHAPES = [
+    *((stages, micros, 1) for stages in (2, 4) for micros in (1, 2, 4, 8, 16)), (4, 4, 2), (4, 8, 2), (4, 16, 2),
+]  # fmt: skip
+PICTURED = (4, 8, 2)
 PAGE = ROOT / "docs" / "plan-validation.md"
 
 
@@ -48,7 +57,7 @@ class Step(NamedTuple):
     passes: list[tuple[str, float, float]]
 
 
-def serve(config: Config, answer: Path) -> None:
+def serve(config: Config, answer: Path, *, held: bool) -> None:
     """In a rank: train, and write when each pass of each step began and ended."""
     from gpt.engine import Engine
     from gpt.topology import Topology
@@ -58,10 +67,14 @@ def serve(config: Config, answer: Path) -> None:
     samples: Any = rank_jobs.RandomSamples(config)
     passes: list[tuple[str, float, float]] = []
     (schedule,) = engine.model.schedule
+    stage, stages = engine.topology.stage, config.parallel.pp_degree
     for name, kind in (("_forward_step", "F"), ("_backward_step", "B")):
-        setattr(schedule, name, _timed(getattr(schedule, name), kind, passes))
+        hold = (
+            HELD[kind] * (HEAD_SHARE if stage == stages - 1 else 1) / config.parallel.virtual_pp_degree if held else 0
+        )
+        setattr(schedule, name, _timed(getattr(schedule, name), kind, passes, hold))
     steps = []
-    for number in range(1, STEPS + 1):
+    for number in range(1, (HELD_STEPS if held else STEPS) + 1):
         engine.topology.totals(0.0)  # all ranks begin together
         passes.clear()
         begin = time.perf_counter()
@@ -71,21 +84,25 @@ def serve(config: Config, answer: Path) -> None:
     leave(0)
 
 
-def _timed(step: Any, kind: str, passes: list[tuple[str, float, float]]) -> Any:
+def _timed(step: Any, kind: str, passes: list[tuple[str, float, float]], hold: float) -> Any:
     def wrapped(*arguments: Any, **named: Any) -> Any:
         begin = time.perf_counter()
         result = step(*arguments, **named)
+        if hold:
+            time.sleep(max(0.0, begin + hold - time.perf_counter()))
         passes.append((kind, begin, time.perf_counter()))
         return result
 
     return wrapped
 
 
-def measure(stages: int, micros: int, chunks: int = 1) -> list[list[Step]]:
+def measure(stages: int, micros: int, chunks: int, *, held: bool) -> list[list[Step]]:
     """By step, the quickest first, what each rank measured."""
     degrees = [f"parallel.pp_degree={stages}", f"parallel.virtual_pp_degree={chunks}"]
-    config = cli.job([*MODEL, "parallel=single", *degrees, f"trainer.global_batch_size={MICRO * micros}"])
-    by_rank = [[Step(*step) for step in steps] for steps in rank_jobs.answers(__file__, config)]
+    model = [*MODEL, *(SMALL if held else [])]
+    config = cli.job([*model, "parallel=single", *degrees, f"trainer.global_batch_size={MICRO * micros}"])
+    more = ["--held"] if held else []
+    by_rank = [[Step(*step) for step in steps] for steps in rank_jobs.answers(__file__, config, *more)]
     return sorted(map(list, zip(*by_rank, strict=True)), key=whole)[:QUICKEST]
 
 
@@ -151,42 +168,44 @@ def as_seen(ranks: list[Step], simulated: Timeline) -> Timeline:
     return Timeline(replace(simulated.pipeline, update=0), events, max(ends), ends, max(ends), simulated.in_flight)
 
 
-def main() -> None:
-    """Measure, simulate, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=int, default=2, help="that the simulation lets compute at once")
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(typed(json.loads(arguments.serve[0])), Path(arguments.serve[1]))
-    rows, told = list(HEAD), {}
-    shapes = [(stages, micros, 1) for stages in (2, 4) for micros in (1, 2, 4, 8, 16)]
-    for stages, micros, chunks in [*shapes, (4, 4, 2), (4, 8, 2), (4, 16, 2)]:
-        steps = measure(stages, micros, chunks)
+def table(name: str, *, held: bool, cores: int | None) -> None:
+    """Measure, simulate, compare; write a section."""
+    rows: list[str] = []
+    sentences: list[str] = []
+    told: dict[int, Parts] = {}
+    for stages, micros, chunks in SHAPES:
+        steps = measure(stages, micros, chunks, held=held)
         if micros == 1:
             told[stages] = parts(steps)
-            rows.append(said(told[stages]))
+            sentences.append(said(told[stages]))
         given = interleaved(told[stages], chunks) if chunks > 1 else told[stages]
         alone = Pipeline(given.forward, given.backward, stages, micros, chunks, links=given.links, update=given.rest)
-        line = simulate(replace(alone, cores=arguments.cores))
+        line = simulate(replace(alone, cores=cores))
         found = median(map(whole, steps))
         figures = f"{found * 1e3:.0f} | {line.step * 1e3:.0f} | {line.step / found - 1:+.1%}"
-        rows.append(
-            f"| {stages} | {chunks} | {micros} | {line.pipeline.order.value} | {figures} "
-            f"| {simulate(alone).step * 1e3:.0f} |"
-        )
+        waits = median(as_seen(ranks, line).bubble for ranks in steps)
+        idle = f"{waits:.1%} | {line.bubble:.1%} | {bubble(stages, micros, chunks):.1%}"
+        rows.append(f"| {stages} | {chunks} | {micros} | {line.pipeline.order.value} | {figures} | {idle} |")
         print(rows[-1], flush=True)
-        if (stages, micros, chunks) in PICTURES:
-            name = f"pp{stages}_v{chunks}_m{micros}"
-            draw(line, PAGE.with_name(f"plan-{name}-simulated.png"), "simulated:")
-            draw(as_seen(steps[0], line), PAGE.with_name(f"plan-{name}-measured.png"), "measured:")
-    replace_section(
-        PAGE,
-        "schedule",
-        "\n".join(
-            [*(row for row in rows if row.startswith("|")), "", *(row for row in rows if not row.startswith("|"))]
-        ),
-    )
+        if held and (stages, micros, chunks) == PICTURED:
+            draw(line, PAGE.with_name("schedule-simulated.png"), "simulated:")
+            draw(as_seen(steps[0], line), PAGE.with_name("schedule-measured.png"), "measured:")
+    replace_section(PAGE, name, "\n".join([*HEAD, *rows, "", *sentences]))
+
+
+def main() -> None:
+    """Both tables, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", type=int, default=2, help="that the simulation lets compute at once when 'free'")
+    parser.add_argument("--only", choices=["held", "free"], help="one of the two tables")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--held", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(typed(json.loads(arguments.serve[0])), Path(arguments.serve[1]), held=arguments.held)
+    for name, held, cores in (("held", True, None), ("free", False, arguments.cores)):
+        if arguments.only in (None, name):
+            table(name, held=held, cores=cores)
 
 
 def said(told: Parts) -> str:
@@ -199,8 +218,9 @@ def said(told: Parts) -> str:
 
 
 HEAD = [
-    "| stages | chunks | micro batches | schedule | measured, ms | simulated, ms | error | with a core per stage, ms |",
-    "|---|---|---|---|---|---|---|---|",
+    "| stages | chunks | micro batches | schedule | measured, ms | simulated, ms | error | idle: measured | simulated "
+    "| closed form |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 ]
 
 

@@ -19,6 +19,7 @@ FLOORS = [
         "gpt.plan.schedule",
         "gpt.plan.simulation",
         "gpt.plan.picture",
+        "gpt.plan.timeline",
         "gpt.plan.counts",
         "gpt.plan.devices",
         "gpt.plan.footprint",
