@@ -18,6 +18,7 @@ from gpt.data.prepare import build
 from gpt.data.samples import Samples
 from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
+from gpt.plan import devices
 from gpt.runs import Job
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
@@ -232,7 +233,9 @@ def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
 
 def _header(job: Job) -> list[tuple[str, str]]:
     config = job.config
-    rows = dict(plan.summary(config))
+    known = devices.called(host.gpu_name()) if config.cluster.device is Device.gpu else None
+    chosen = config.device if config.device.name or not known else known
+    rows = dict(plan.summary(dataclasses.replace(config, device=chosen)))
     entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
     role, ranks = group.hub().role, world_size(config)
     threads = config.cluster.threads or max(1, host.cores() // role.here(ranks))
@@ -246,7 +249,7 @@ def _header(job: Job) -> list[tuple[str, str]]:
         ("data", f"{config.data.kind.value}: {job.data.tokens:,} tokens{entropy}"),
         ("batch", rows["batch"]),
         ("horizon", rows["horizon"]),
-        ("memory", rows["memory"]),
+        ("memory", rows["memory"].split(":")[0]),
         *([("time", rows["time"])] if "time" in rows else []),
         ("first loss", rows["first loss"]),
         ("run", str(_short(job.run_dir))),

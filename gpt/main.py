@@ -52,6 +52,8 @@ def _composed(composed: DictConfig) -> float | None:
 
 def _remove_if_empty(folder: Path) -> None:
     """Together with the folder around it, if that is then empty too."""
+    if folder.resolve() == Path.cwd():
+        return  # a plan has no run directory
     with contextlib.suppress(OSError):
         folder.rmdir()
         folder.parent.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -43,6 +44,15 @@ def gpus() -> int:
         return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
     folder = Path("/proc/driver/nvidia/gpus")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def gpu_name() -> str:
+    """What the driver calls the first GPU of this host; '' without one."""
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        with contextlib.suppress(OSError):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")), "")
+    return ""
 
 
 def paddle_package() -> tuple[str, str] | None:

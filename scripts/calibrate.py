@@ -88,12 +88,14 @@ def run(what: str, ranks: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank, place in enumerate(places.here(ranks, gpu=False)):
-            answer = str(Path(folder, f"{rank}.json"))
+            answer, log = (str(Path(folder, f"{rank}.{ending}")) for ending in ("json", "log"))
             command = [sys.executable, "-W", "ignore", __file__, "--serve", what, json.dumps(plain(config)), answer]
             env = {**local.environment(config, ranks, live=False), **(place.variables() if ranks > 1 else {})}
-            started.append(subprocess.Popen(command, env=env))
-        if any([process.wait() for process in started]):
-            sys.exit(f"measuring {what} failed")
+            with open(log, "wb") as said:
+                started.append(subprocess.Popen(command, env=env, stderr=said))
+        codes = [process.wait() for process in started]
+        if any(codes):
+            sys.exit(f"measuring {what} failed:\n" + "".join(p.read_text() for p in Path(folder).glob("*.log")))
         found: dict[str, float] = json.loads(Path(folder, "0.json").read_text())
         return found
 

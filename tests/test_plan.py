@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from pathlib import Path
+
 import pytest
-from conftest import configured
+from conftest import ROOT, composed, configured
+from omegaconf import OmegaConf
 
 from gpt import plan
-from gpt.config import DType
+from gpt.config import Config, DType, Parallel, Recompute, accumulate_steps, padded_vocab, world_size
+from gpt.config_plan import Attention
+from gpt.plan import cost, counts, devices, footprint, tables, traffic, verdict
+from gpt.plan.search import fits
+from gpt.rules import rule_problems
+from gpt.shapes import parameter_shapes
 
 DATA = ["data=tokens", "data.path=x"]
-
+GIB = 2**30
 
 # GiB of weights, gradients, master weights and moments at 16 bytes per parameter in bf16, on the fullest rank: from the
 # parameter counts by hand (345m: 354,871,296 x 16 / 2^30 = 5.29).
@@ -23,19 +33,70 @@ STATE = {
 }
 
 
+def laid_out(config: Config, **degrees: int | bool) -> Config:
+    """The same job with other degrees, all others 1."""
+    keys = {"dp": 1, "sharding": 1, "stage": 1, "mp": 1, "pp": 1, "virtual": 1, "sp": False, **degrees}
+    return dataclasses.replace(config, parallel=Parallel(*keys.values()))  # type: ignore[arg-type]
+
+
+def on(config: Config, device: str, dtype: DType = DType.bf16) -> Config:
+    """The same job on a known device."""
+    precision = dataclasses.replace(config.precision, dtype=dtype)
+    cluster = dataclasses.replace(config.cluster, device=type(config.cluster.device).gpu)
+    return dataclasses.replace(config, device=devices.table()[device], precision=precision, cluster=cluster)
+
+
 @pytest.mark.parametrize(("model", "parallel", "stage"), STATE)
 def test_state_per_rank(model: str, parallel: str, stage: int) -> None:
     config = configured([f"model={model}", f"parallel={parallel}", f"parallel.sharding_stage={stage}", *DATA])
     config.precision.dtype = DType.bf16
-    need = plan.memory(config)
-    state = (need.weights + need.gradients + need.optimizer) / 2**30
-    assert state == pytest.approx(STATE[model, parallel, stage], rel=0.01)  # of 16 ranks, the fullest
+    assert plan.memory(config).state / GIB == pytest.approx(STATE[model, parallel, stage], rel=0.01)
 
 
-def test_flops_per_token_by_hand() -> None:
-    # 345m at 1024: 6 (24 x 12 x 1024^2 + 50304 x 1024) + 6 x 24 x 1024 x 1024.
+def test_the_middle_stage_of_the_published_175b_layout_has_20_25_gib_of_state() -> None:
+    config = on(configured(["model=175b", "parallel=mp8_pp16", *DATA]), "a100_80")
+    assert footprint.stages(config)[7].state / GIB == pytest.approx(20.25, abs=0.01)
+
+
+def test_parameters_of_the_stages_add_up() -> None:
+    config = configured(["model=6.7b", *DATA])
+    total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    assert total == plan.parameters(config) == 6_654_402_560
+    (alone,) = counts.stage_parameters(config)
+    assert alone.elements == total
+    staged = counts.stage_parameters(laid_out(config, pp=4))
+    assert sum(part.elements - part.tied for part in staged) == total
+    split = counts.stage_parameters(laid_out(config, mp=2, pp=4))
+    common = config.model.layers * 6 * 4096 + config.model.positions * 4096 + 2 * 4096  # what every mp rank has
+    padding = (50432 - 50304) * 4096  # rows of the table, to a multiple of 128 x 2
+    assert 2 * sum(part.elements - part.tied for part in split) == total + common + padding
+
+
+def test_flops_per_token_against_a_count_of_all_products() -> None:
     config = configured(["model=345m", *DATA])
+    m, s = config.model, config.data.seq_len
+    matrices = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if len(shape) == 2)
+    weights = matrices - m.positions * m.hidden  # looked up, not multiplied; the word table is, as the head
+    square = m.layers * 2 * (2 * s * m.hidden)  # q k' and the mix: a product of s x d and d x s per head, by row
+    assert plan.flops_per_token(config) == 3 * (2 * weights + square / 2)
+    assert counts.flops_per_token(config, causal=False) == 3 * (2 * weights + square)
+    # By hand: 6 (24 x 12 x 1024^2 + 50304 x 1024) + 6 x 24 x 1024 x 1024.
     assert plan.flops_per_token(config) == 6 * (24 * 12 * 1024**2 + 50304 * 1024) + 6 * 24 * 1024 * 1024
+
+
+def test_recomputation_counts_what_is_done_twice() -> None:
+    config = configured(["model=345m", *DATA])
+    m = config.model
+    base = plan.flops_per_token(config)
+
+    def executed(how: Recompute, exempt: list[int]) -> float:
+        model = dataclasses.replace(m, recompute=how, no_recompute_layers=exempt)
+        return counts.hardware_flops_per_token(dataclasses.replace(config, model=model)) - base
+
+    assert executed(Recompute.none, []) == 0
+    assert executed(Recompute.core_attn, []) == m.layers * 2 * m.hidden * config.data.seq_len
+    assert executed(Recompute.full, []) == pytest.approx((base - 6 * 50304 * m.hidden) / 3)  # a third forward pass
+    assert executed(Recompute.full, [0, 5]) == pytest.approx(executed(Recompute.full, []) * 22 / 24)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +107,30 @@ def test_the_pipeline_bubble(micro_batches: int, virtual: int, bubble: float) ->
     config.trainer.global_batch_size = micro_batches
     config.parallel.virtual_pp_degree = virtual
     assert plan.pipeline_bubble(config) == pytest.approx(bubble, abs=0.005)
+
+
+def test_a_block_keeps_what_korthikanti_et_al_list() -> None:
+    # Table 2: s b h (34 + 5 a s / h), over t mp ranks s b h (10 + 24 / t + 5 a s / h t), block input alone 2 s b h.
+    config = on(configured(["model=345m", *DATA]), "v100_32", DType.fp16)
+    h, ratio = 1024, 5 * 16 * 1024 / 1024
+    assert footprint.block(config, Recompute.none) == h * (34 + ratio)
+    assert footprint.block(config, Recompute.core_attn) == h * 34
+    assert footprint.block(config, Recompute.full) == h * 2
+    split = laid_out(config, mp=8)
+    assert footprint.block(split, Recompute.none) == h * (10 + 24 / 8 + ratio / 8)
+    flash = on(config, "a100_40")
+    assert flash.device.attention is Attention.flash
+    assert footprint.block(flash, Recompute.none) == h * 34 + 4 * 16  # and a float32 sum per head and row
+
+
+def test_micro_batches_in_flight() -> None:
+    config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
+    assert [footprint.in_flight(config, stage) for stage in (0, 1, 15)] == [16, 15, 1]
+    config.parallel.virtual_pp_degree = 3
+    # Chunks; in layers of a stage p (1 + (p - 1) / (p v)) on the first (Korthikanti et al., 2022, section 4.2.3).
+    assert footprint.in_flight(config, 0) / 3 == pytest.approx(16 * (1 + 15 / (16 * 3)), rel=0.01)
+    config.trainer.global_batch_size = 4
+    assert footprint.in_flight(config, 0) == 4 * 3
 
 
 def test_recompute_and_chunks_need_less() -> None:
@@ -59,13 +144,133 @@ def test_recompute_and_chunks_need_less() -> None:
     assert chunked.logits < whole.logits
 
 
+def test_an_offloaded_optimizer_takes_no_memory_of_the_device() -> None:
+    here, away = (plan.memory(configured(["optimizer.offload=" + str(value).lower()])) for value in (False, True))
+    assert (away.weights, away.gradients) == (here.weights, here.gradients)
+    assert (here.optimizer > 0, away.optimizer, away.host > here.optimizer) == (True, 0, True)
+
+
+def test_traffic_by_hand() -> None:
+    config = on(configured(["model=345m", "trainer.micro_batch_size=8", *DATA]), "a100_80")
+    elements, tokens, h = 354_871_296, 8 * 1024, 1024
+
+    def sent(**degrees: int | bool) -> dict[str, float]:
+        return {one.axis: one.sent for one in traffic.traffic(laid_out(config, **degrees))}
+
+    assert sent() == {}
+    assert sent(dp=8) == {"dp": 2 * 7 / 8 * elements * 2}
+    # ZeRO: gradients to their owners and parameters back are as much as one sum of all gradients; here gradients are
+    # summed on all first (stage 1), or come per micro batch (stage 2), of which there is one.
+    assert sent(sharding=4, stage=2)["sharding"] == pytest.approx(2 * 3 / 4 * elements * 2)
+    assert sent(sharding=4, stage=1)["sharding"] == pytest.approx(3 * 3 / 4 * elements * 2)
+    assert sent(sharding=4, stage=3)["sharding"] == pytest.approx(3 * 3 / 4 * elements * 2)
+    # Two sums each way per block, a ring of 2 (n - 1) / n; and one for the embedding or the head.
+    assert sent(mp=4)["mp"] == pytest.approx((24 * 4 + 1) * 2 * 3 / 4 * tokens * h * 2)
+    assert sent(mp=4, sp=True)["mp"] == sent(mp=4)["mp"]
+    table = padded_vocab(config) * h * 2
+    assert sent(pp=4)["pp"] == 2 * tokens * h * 2 + table
+
+
+def test_an_axis_that_leaves_the_node_uses_its_ports() -> None:
+    config = on(configured(["model=345m", *DATA]), "a100_80")
+    inside, between = 0.8 * 300e9, 0.8 * 25e9
+    assert traffic.link(laid_out(config, mp=8), "mp") == (inside, False)
+    assert traffic.link(laid_out(config, mp=16), "mp") == (8 * between, True)
+    assert traffic.link(laid_out(config, mp=8, pp=2), "pp") == (between, True)
+    assert traffic.link(laid_out(config, mp=2, dp=8), "dp") == (4 * between, True)
+    assert traffic.link(laid_out(config, mp=2, dp=4), "dp") == (inside, False)
+
+
+def test_a_published_step_is_predicted_within_a_tenth() -> None:
+    # Korthikanti et al. 2022, table 5: GPT 175B, 64 A100 80 GB, tensor 8, pipeline 8, 3 chunks, batch 64, micro batch
+    # 1, sequence parallel and selective recomputation: 13.75 s, before FlashAttention.
+    shape = ["model=175b", "model.positions=2048", "trainer.global_batch_size=64", "trainer.micro_batch_size=1"]
+    config = laid_out(on(configured([*shape, *DATA]), "a100_80"), mp=8, pp=8, virtual=3, sp=True)
+    config.device = dataclasses.replace(config.device, attention=Attention.matrix)
+    found = cost.cost(config)
+    assert found is not None
+    assert found.seconds == pytest.approx(13.75, rel=0.1)
+    assert verdict.judge(config).fits
+    assert sum((found.compute, found.exposed, found.bubble)) == pytest.approx(found.seconds)
+
+
+def test_the_bubble_of_even_stages_is_the_closed_form() -> None:
+    shape = ["model=175b", "model.vocab=128", "model.positions=2048", "model.dropout=0", *DATA]
+    config = laid_out(on(configured(shape), "a100_80"), mp=1, pp=16)
+    for micros, virtual in ((16, 1), (64, 1), (64, 6)):
+        config.trainer.global_batch_size = micros
+        config.parallel.virtual_pp_degree = virtual
+        found, times = cost.cost(config), cost.stage_times(config)
+        assert found is not None
+        assert times is not None
+        passes = micros * (sum(times.forward) + sum(times.backward)) / 16
+        assert found.bubble / (found.bubble + passes) == pytest.approx(plan.pipeline_bubble(config), rel=0.02)
+        assert len(times.forward) == len(times.backward) == 16 * virtual
+
+
+def options(group: str) -> list[str]:
+    return sorted(p.stem for p in Path(ROOT / "conf" / group).glob("*.yaml"))
+
+
+def test_every_model_on_every_layout_is_planned_and_its_figures_agree() -> None:
+    models = {name: configured([f"model={name}", *DATA]) for name in options("model")}
+    files = [ROOT / "conf" / "parallel" / f"{name}.yaml" for name in options("parallel")]
+    layouts = [Parallel(**OmegaConf.load(file)) for file in files]  # type: ignore[arg-type]
+    planned = 0
+    for config in models.values():
+        for parallel in layouts:
+            job = on(dataclasses.replace(config, parallel=dataclasses.replace(parallel)), "a100_80")
+            if rule_problems(job):
+                continue
+            planned += 1
+            needs, parts = footprint.stages(job), counts.stage_parameters(job)
+            assert len(needs) == len(parts) == parallel.pp_degree
+            assert footprint.memory(job).total == max(need.total for need in needs)
+            assert all(need.total >= need.state - need.gradients + need.activations for need in needs)
+            assert sum(part.elements - part.tied for part in parts) * parallel.mp_degree >= plan.parameters(job)
+            found = cost.cost(job)
+            assert found is not None
+            assert found.compute + found.exposed + found.bubble == pytest.approx(found.seconds)
+            assert 0 < found.mfu <= found.hfu < job.device.efficiency
+            assert (not traffic.traffic(job)) == (world_size(job) == 1)
+            assert tables.memory_table(job).rows
+            assert fits(job) is (footprint.memory(job).total <= 78 * GIB)
+    assert planned > len(models) * len(layouts) * 3 // 4
+
+
+@pytest.mark.parametrize("name", [name for name in options("device") if name not in ("auto", "cpu")])
+def test_a_device_states_what_a_plan_needs_and_where_it_is_from(name: str) -> None:
+    config, _ = composed([f"device={name}"])
+    assert config.device.name == name
+    spec = devices.table()[name]
+    assert spec.memory_gib == config.device.memory_gib
+    assert (spec.bandwidth_share, spec.per_node) == (config.device.bandwidth_share, config.device.per_node)
+    assert spec.match
+    for part in spec.match:
+        found = devices.called(f"NVIDIA {part}")
+        assert found is not None
+        assert found.name == name
+    assert "data sheet" in (ROOT / "conf" / "device" / f"{name}.yaml").read_text() or name in ("a800", "h800")
+    assert None not in (spec.bandwidth_gb_s, spec.intra_node_gb_s, spec.inter_node_gb_s, spec.watts)
+
+
 def test_an_unknown_device_has_no_peak_and_so_no_mfu() -> None:
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.bf16) == 312e12
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.fp32) is None
     assert plan.peak_flops("AMD EPYC", DType.bf16) is None
+    config = configured(["device=a100_80"])
+    assert devices.peak_here(config, "CPU") is None  # a run on a CPU that was planned for another device
 
 
-def test_an_offloaded_optimizer_takes_no_memory_of_the_device() -> None:
-    here, away = (plan.memory(configured(["optimizer.offload=" + str(value).lower()])) for value in (False, True))
-    assert (away.weights, away.gradients) == (here.weights, here.gradients)
-    assert (here.optimizer > 0, away.optimizer) == (True, 0)
+def test_device_and_plan_do_not_name_a_run() -> None:
+    from gpt.config import plain
+    from gpt.runs import run_name
+
+    names = {run_name(plain(configured(more)), "single") for more in ([], ["device=h100", "plan.top=3"])}
+    assert names == {"tiny_single_faf5290b"}  # as before there were devices: a run goes on under the same name
+
+
+def test_accumulation_is_what_the_plan_says() -> None:
+    config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
+    assert dict(plan.summary(config))["batch"].startswith("1,536 samples = 1,572,864 tokens a step, 1536 micro")
+    assert accumulate_steps(config) == 1536

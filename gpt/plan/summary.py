@@ -39,8 +39,8 @@ def summary(config: Config) -> list[tuple[str, str]]:
     if config.parallel.pp_degree > 1:
         rows.append(("pipeline bubble", f"{pipeline_bubble(config):.1%} of a step"))
     if found := cost(config):
-        days = steps * found.seconds / 86400
-        rows.append(("time", f"about {found.seconds:.3g} s a step, {days:.3g} days, on {config.device.name}"))
+        lasts = f"{duration(found.seconds)} a step, {duration(steps * found.seconds)} in all"
+        rows.append(("time", f"about {lasts}, on {config.device.name}"))
     return rows
 
 
@@ -60,6 +60,19 @@ def layout(config: Config) -> str:
     virtual = f"/v{p.virtual_pp_degree}" if p.virtual_pp_degree > 1 else ""
     parts += [f"pp{p.pp_degree}{virtual}"] if p.pp_degree > 1 else []
     return " ".join(parts) or "single"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them.
+
+    Example:
+        >>> duration(0.25), duration(90000)
+        ('250 ms', '25 hours')
+    """
+    for limit, unit, size in ((1, "ms", 1e-3), (100, "s", 1), (6000, "minutes", 60), (172800, "hours", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds / 86400:,.3g} days" if seconds < 8.64e7 else f"{seconds / 86400:,.0f} days"
 
 
 def _size(count: int) -> str:

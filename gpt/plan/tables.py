@@ -9,7 +9,7 @@ from gpt.plan import counts, footprint
 from gpt.plan.cost import Cost, cost, missing
 from gpt.plan.footprint import Memory
 from gpt.plan.search import GIB, Candidate, fits, limit
-from gpt.plan.summary import layout
+from gpt.plan.summary import duration, layout
 from gpt.plan.traffic import traffic
 from gpt.plan.verdict import bound
 
@@ -66,7 +66,7 @@ def traffic_table(config: Config) -> Table | None:
     for one in traffic(config):
         where = "between nodes" if one.slow else "in a node"
         rate = f"{one.rate / 1e9:.0f} GB/s {where}" if one.rate else where
-        seconds = _seconds(one.seconds) if one.seconds is not None else "-"
+        seconds = duration(one.seconds) if one.seconds is not None else "-"
         rows.append((one.axis, _gigabytes(one.sent), rate, seconds))
     return Table("sent per rank and step", ("axis", "bytes", "over", "takes"), rows) if rows else None
 
@@ -90,10 +90,10 @@ def times(config: Config) -> list[tuple[str, str]]:
     days = tokens / found.tokens_per_second / DAY
     steps = -(-tokens // found.tokens)
     rows = [
-        ("time", f"{_seconds(found.seconds)} a step = {_shares(found)}"),
+        ("time", f"{duration(found.seconds)} a step = {_shares(found)}"),
         ("speed", f"{found.tokens_per_second:,.0f} tokens/s, {found.tokens_per_second / found.ranks:,.0f} per device, "
          f"MFU {found.mfu:.1%}, HFU {found.hfu:.1%}"),
-        ("horizon", f"{steps:,} steps = {tokens:,} tokens in {days:,.3g} days"),
+        ("horizon", f"{steps:,} steps = {tokens:,} tokens in {duration(days * DAY)}"),
     ]  # fmt: skip
     hours = days * 24 * found.ranks
     device = config.device
@@ -107,11 +107,7 @@ def times(config: Config) -> list[tuple[str, str]]:
 
 def _shares(found: Cost) -> str:
     parts = [("computation", found.compute), ("exchanges", found.exposed), ("bubble", found.bubble)]
-    return " + ".join(f"{name} {_seconds(value)}" for name, value in parts if value)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:,.3g} s" if value >= 1 else f"{value * 1000:,.3g} ms"
+    return " + ".join(f"{name} {duration(value)}" for name, value in parts if value)
 
 
 GRID = ("model", "layout", "batch", "rec.", "GiB", "fits", "s/step", "tokens/s", "MFU", "days")
