@@ -38,12 +38,7 @@ def plan_problems(config: Config) -> Iterator[str]:
     if plan.picture is not None:
         yield from _picture(config, Path(plan.picture))
     if plan.search and (lacking := _lacking(config)):
-        yield (
-            "plan.search=true on device=cpu needs this host measured: python scripts/calibrate.py, and precision=fp32"
-            if config.device.name == "cpu"
-            else f"plan.search=true ranks by time, for which {config.device.name or 'device=auto'} does not state "
-            f"{', '.join(lacking)}: choose with device=..., or another precision=..."
-        )
+        yield _silent(config, "plan.search=true", "ranks by time", lacking)
 
 
 def _picture(config: Config, path: Path) -> Iterator[str]:
@@ -53,11 +48,17 @@ def _picture(config: Config, path: Path) -> Iterator[str]:
         yield f"plan.picture={path}: there is no folder {path.parent}"
     if config.plan.search:
         yield f"plan.picture={path} is of the layout at hand: leave plan.search=true away, then draw the one you choose"
-    elif lacking := _lacking(config):
-        yield (
-            f"plan.picture={path} shows seconds, for which {config.device.name or 'device=auto'} does not state "
-            f"{', '.join(lacking)}: choose with device=..., or another precision=..."
-        )
+    elif lacking := [key for key in _lacking(config) if key != "device.memory_gib"]:
+        yield _silent(config, f"plan.picture={path}", "shows seconds", lacking)
+
+
+def _silent(config: Config, asked: str, what: str, lacking: list[str]) -> str:
+    if config.device.name == "cpu":
+        return f"{asked} on device=cpu needs this host measured: python scripts/calibrate.py, and precision=fp32"
+    return (
+        f"{asked} {what}, for which {config.device.name or 'device=auto'} does not state {', '.join(lacking)}: "
+        "choose with device=..., or another precision=..."
+    )
 
 
 def _lacking(config: Config) -> list[str]:
