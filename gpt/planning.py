@@ -118,8 +118,9 @@ def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Consol
     if not legal:
         raise UserError.of([f"{' '.join(overrides)}: {problem}" for overrides, all_ in refused for problem in all_])
     console.columns(f"plan of {len(cells)} jobs", tables.GRID, [tables.grid_row(config) for config in legal])
+    everywhere = set.intersection(*(set(overrides) for overrides, _ in cells))
     for overrides, problems in refused:
-        console.note(f"not possible: {' '.join(overrides)}: {'; '.join(problems)}")
+        console.note(f"not possible: {' '.join(o for o in overrides if o not in everywhere)}: {'; '.join(problems)}")
     for config in legal:
         _require(config, [judge(config)] if config.plan.require_fit else [])
 

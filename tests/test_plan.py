@@ -274,3 +274,11 @@ def test_accumulation_is_what_the_plan_says() -> None:
     config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
     assert dict(plan.summary(config))["batch"].startswith("1,536 samples = 1,572,864 tokens a step, 1536 micro")
     assert accumulate_steps(config) == 1536
+
+
+def test_the_page_has_the_tables_of_the_planner() -> None:
+    from scripts import plan_tables
+
+    page = plan_tables.PAGE.read_text(encoding="utf-8")
+    assert plan_tables.known_devices() in page
+    assert plan_tables.predecessor() in page

@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
         >>> duration(0.25), duration(90000)
         ('250 ms', '25 hours')
     """
-    for limit, unit, size in ((1, "ms", 1e-3), (100, "s", 1), (6000, "minutes", 60), (172800, "hours", 3600)):
+    for limit, unit, size in ((1, "ms", 1e-3), (600, "s", 1), (6000, "minutes", 60), (172800, "hours", 3600)):
         if seconds < limit:
             return f"{seconds / size:,.3g} {unit}"
     return f"{seconds / 86400:,.3g} days" if seconds < 8.64e7 else f"{seconds / 86400:,.0f} days"

@@ -106,7 +106,7 @@ def times(config: Config) -> list[tuple[str, str]]:
 
 
 def _shares(found: Cost) -> str:
-    parts = [("computation", found.compute), ("exchanges", found.exposed), ("bubble", found.bubble)]
+    parts = [("compute", found.compute), ("exchanges", found.exposed), ("waiting", found.bubble)]
     return " + ".join(f"{name} {duration(value)}" for name, value in parts if value)
 
 

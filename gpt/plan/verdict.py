@@ -65,7 +65,7 @@ def _largest(need: Memory) -> str:
 
 def bound(time: Cost) -> str:
     """What takes most of a step."""
-    parts = {"compute": time.compute, "exchanges": time.exposed, "bubble": time.bubble}
+    parts = {"compute": time.compute, "exchanges": time.exposed, "waiting": time.bubble}
     name = max(parts, key=lambda part: parts[part])
     return f"{name} {parts[name] / time.seconds:.0%}"
 
