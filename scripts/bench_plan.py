@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config, global_batch_size, padded_vocab, world_size  # noqa: E402
+from gpt.config import Config, padded_vocab  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
 from gpt.plan import counts, footprint  # noqa: E402
 from gpt.plan.cost import cost  # noqa: E402
@@ -148,12 +148,11 @@ def layout(dp: int = 1, mp: int = 1, pp: int = 1, batch: int = 1, micro: int = 1
     ]  # fmt: skip
 
 
-def megatron_seconds(config: Config, tflops: float) -> float:
+def megatron_seconds(hidden: int, layers: int, gpus: int, batch: int, tflops: float) -> float:
     """Of a step at so many TFLOP/s per GPU by equation 3 of Narayanan et al. 2021: 96 B s l h^2 (1 + s/6h + V/16lh)."""
-    m, s = config.model, config.data.seq_len
-    work: float = 96 * global_batch_size(config) * s * m.layers * m.hidden**2
-    work *= 1 + s / (6 * m.hidden) + m.vocab / (16 * m.layers * m.hidden)
-    return work / (tflops * 1e12 * world_size(config))
+    s, vocab = 2048, 51200
+    work = 96 * batch * s * layers * hidden**2 * (1 + s / (6 * hidden) + vocab / (16 * layers * hidden))
+    return work / (tflops * 1e12 * gpus)
 
 
 def runs() -> Iterator[Run]:
@@ -169,7 +168,7 @@ def runs() -> Iterator[Run]:
         for gpus, tflops in measured:
             model = [*shape(hidden, layers, heads, 51200, 2048), *A100, *full]
             config = [*model, *layout(gpus // 8 // pp, 8, pp, batch)]
-            seconds = megatron_seconds(cli.job([*config, *COMMON]), tflops)
+            seconds = megatron_seconds(hidden, layers, gpus, batch, tflops)
             yield Run(f"Megatron-LM {name}, {gpus:,} A100", "N2", config, seconds)
     for name, (hidden, layers, heads, pp, chunks, micro, batch, slow, quick) in KORTHIKANTI.items():
         model = [*shape(hidden, layers, heads, 51200, 2048), *A100, *layout(1, 8, pp, batch, micro, chunks)]
