@@ -104,7 +104,7 @@ def command(overrides: list[str], candidate: Candidate) -> str:
 
 
 def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Console) -> None:
-    """One table for all jobs of a grid; what cannot be is said below it.
+    """One table for all jobs of a grid, with ``plan.search`` of the best layout of each; what cannot be is said below.
 
     Args:
         cells: the overrides of each, and its configuration or its problems.
@@ -117,12 +117,19 @@ def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Consol
     refused = [(overrides, config) for overrides, config in cells if not isinstance(config, Config)]
     if not legal:
         raise UserError.of([f"{' '.join(overrides)}: {problem}" for overrides, all_ in refused for problem in all_])
-    console.columns(f"plan of {len(cells)} jobs", tables.GRID, [tables.grid_row(config) for config in legal])
+    planned = [_best(config) if config.plan.search else config for config in legal]
+    console.columns(f"plan of {len(cells)} jobs", tables.GRID, [tables.grid_row(config) for config in planned])
     everywhere = set.intersection(*(set(overrides) for overrides, _ in cells))
     for overrides, problems in refused:
         console.note(f"not possible: {' '.join(o for o in overrides if o not in everywhere)}: {'; '.join(problems)}")
-    for config in legal:
+    for config in planned:
         _require(config, [judge(config)] if config.plan.require_fit else [])
+
+
+def _best(config: Config) -> Config:
+    """With the fastest layout; as it is if none fits."""
+    found = search(config, config.plan.devices or world_size(config))
+    return found[0].config if found else config
 
 
 def is_plan(composed: Any) -> bool:

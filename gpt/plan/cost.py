@@ -74,6 +74,7 @@ def missing(config: Config, devices: int | None = None) -> list[str]:
         "device.bandwidth_gb_s": device.bandwidth_gb_s,
         "device.intra_node_gb_s": device.intra_node_gb_s or min(ranks, device.per_node) == 1,
         "device.inter_node_gb_s": device.inter_node_gb_s or ranks <= device.per_node,
+        "the speed of its host, where the optimizer is": not config.optimizer.offload,
     }
     return [key for key, value in needed.items() if not value]
 
@@ -99,10 +100,10 @@ def stage_times(config: Config, device: DeviceSpec | None = None) -> StageTimes 
     for first in range(0, config.model.layers, layers):
         there = back = 0.0
         for how, number in counts.kinds(config, list(range(first, first + layers))).items():
-            ahead, again = _block(config, how, flops, memory, tokens)
+            ahead, after = _block(config, how, flops, memory, tokens)
             travel, every = (layer_bytes(config, some) / mp for some in (Recompute.none, how))
             there += number * (ahead + travel / 2 + fetch)
-            back += number * (2 * ahead + again + every - travel / 2 + 2 * fetch)
+            back += number * (after + every - travel / 2 + 2 * fetch)
         forward.append(there)
         backward.append(back)
     edge = head_bytes(config) / mp
@@ -127,37 +128,51 @@ def _seconds(sent: float, rate: float | None) -> float:
     return sent / rate if rate else 0.0
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Bytes per token that a block reads and writes between its matrix products, forward and backward."""
+
+    forward: float
+    backward: float
+
+
 def _block(config: Config, how: Recompute, flops: float, memory: float, tokens: int) -> tuple[float, float]:
-    """Seconds of a block's forward pass, and of what it does again."""
-    p = config.parallel
-    causal = flash(config) or on_cpu(config)
-    ahead = counts.forward_flops(config, causal=causal) / p.mp_degree / flops + _passes(config) / memory
+    """Seconds of a block's forward and of its backward pass."""
+    p, causal = config.parallel, flash(config) or on_cpu(config)
+    product = counts.forward_flops(config, causal=causal) / p.mp_degree / flops
     again = counts.recomputed_flops(config, how, causal=causal) / p.mp_degree / flops
+    passes, matrix = _passes(config), _matrix_passes(config)
     if how is Recompute.full:
-        again = ahead
+        again += passes.forward / memory
     elif how is not Recompute.none:
-        again += _matrix_passes(config) / memory
-    return tokens * ahead, tokens * again
+        again += matrix.forward / memory
+    return tokens * (product + passes.forward / memory), tokens * (2 * product + passes.backward / memory + again)
 
 
-def _passes(config: Config) -> float:
-    """Bytes per token that one block's forward pass reads and writes between its matrix products.
+def _passes(config: Config) -> _Passes:
+    """All of a block, in units of h and f: what is read and what is written.
 
-    Two LayerNorms (2 h each), bias and residual sums with dropout (8 h), bias of q, k, v and their split (12 h), GELU
-    and its bias (4 f); with sequence parallel all but the latter two are shared out.
+    Forward: LayerNorm 2 h, its linears' bias h each, dropout 2 h and residual sum 3 h, twice; bias of q, k, v and their
+    split 12 h, GELU and its bias 4 f. Backward: LayerNorm 3 h, bias sum h, dropout 2 h, sum of the stream's gradients
+    3 h, twice; q, k, v 9 h; GELU 3 f and its bias f. With sequence parallel the mp ranks share out what comes twice.
     """
     m, p, size = config.model, config.parallel, element_size(config)
-    outside = (18 * size + 2 * (m.dropout > 0)) * m.hidden / (p.mp_degree if p.sequence_parallel else 1)
-    inside = (12 * m.hidden + 4 * m.ffn) * size / p.mp_degree
-    return outside + inside + _matrix_passes(config)
+    alone = p.mp_degree if p.sequence_parallel else 1
+    twice = (18 * size + 2 * (m.dropout > 0)) * m.hidden / alone
+    forward = twice + (12 * m.hidden + 4 * m.ffn) * size / p.mp_degree
+    backward = twice + (9 * m.hidden + 4 * m.ffn) * size / p.mp_degree
+    matrix = _matrix_passes(config)
+    return _Passes(forward + matrix.forward, backward + matrix.backward)
 
 
-def _matrix_passes(config: Config) -> float:
-    """Of softmax and dropout over the attention matrix, which FlashAttention never has."""
+def _matrix_passes(config: Config) -> _Passes:
+    """Over the attention matrix, which FlashAttention never has: softmax 2, backward 3, and dropout 2 with its mask."""
     if flash(config):
-        return 0.0
-    columns = config.data.seq_len / (2 if on_cpu(config) else 1)
-    return (8 * element_size(config) + 1) * config.model.heads * columns / config.parallel.mp_degree
+        return _Passes(0.0, 0.0)
+    m, size = config.model, element_size(config)
+    elements = m.heads * config.data.seq_len / (2 if on_cpu(config) else 1) / config.parallel.mp_degree
+    dropout = (2 * size + 1) * (m.attention_dropout > 0)
+    return _Passes((2 * size + dropout) * elements, (3 * size + dropout) * elements)
 
 
 def _head(config: Config, flops: float, memory: float, tokens: int) -> tuple[float, float]:

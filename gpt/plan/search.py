@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gpt.config import Config, Parallel, Recompute, UserError, global_batch_size
+from gpt.config import Config, Parallel, Recompute, UserError, global_batch_size, micro_batch_size
 from gpt.config_plan import DeviceSpec
 from gpt.plan.cost import Cost, cost, missing
 from gpt.plan.devices import of_rank
@@ -68,7 +68,8 @@ def search(config: Config, devices: int, device: DeviceSpec | None = None) -> li
     lacking = [*missing(config, devices), *([] if config.device.memory_gib else ["device.memory_gib"])]
     if lacking:
         raise UserError.of([f"a search needs {', '.join(lacking)}: choose a device with device=..."])
-    return sorted(candidates(config, devices), key=lambda candidate: (candidate.seconds, candidate.bytes))
+    # Of equals, larger micro batches: larger products and fewer of them, which the times do not know.
+    return sorted(candidates(config, devices), key=lambda one: (one.seconds, -micro_batch_size(one.config), one.bytes))
 
 
 def candidates(config: Config, devices: int) -> Iterator[Candidate]:
