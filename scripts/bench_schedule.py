@@ -18,7 +18,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,8 +41,8 @@ MODEL = [
     "model=tiny", "model.hidden=192", f"model.layers={LAYERS}", "model.heads=3", "model.vocab=2048",
     "data=tokens", "data.path=none", f"trainer.micro_batch_size={MICRO}", "cluster.device=cpu",
 ]  # fmt: skip
-STEPS, QUICKEST = 40, 3  # of each job, and how many of them are counted: others use the machine too
-HELD, HEAD_SHARE = {"F": 0.08, "B": 0.16}, 1.5  # seconds of a stage's passes; of the last stage's so much more
+STEPS, QUICKEST = 20, 3  # of each job, and how many of them are counted: others use the machine too
+HELD, HEAD_SHARE = {"F": 0.08, "B": 0.16}, 0.5  # seconds of a stage's passes; what the head adds
 HELD_STEPS = 6
 SMALL = ["model.hidden=64", "model.heads=1", "model.vocab=512"]  # computes in a fraction of that
 SHAPES = [
@@ -68,11 +70,8 @@ def serve(config: Config, answer: Path, *, held: bool) -> None:
     samples: Any = rank_jobs.RandomSamples(config)
     passes: list[tuple[str, float, float]] = []
     (schedule,) = engine.model.schedule
-    stage, stages = engine.topology.stage, config.parallel.pp_degree
     for name, kind in (("_forward_step", "F"), ("_backward_step", "B")):
-        hold = (
-            HELD[kind] * (HEAD_SHARE if stage == stages - 1 else 1) / config.parallel.virtual_pp_degree if held else 0
-        )
+        hold = partial(_held, schedule, kind, config, engine.topology.stage) if held else lambda: 0.0
         setattr(schedule, name, _timed(getattr(schedule, name), kind, passes, hold))
     steps = []
     for number in range(1, (HELD_STEPS if held else STEPS) + 1):
@@ -85,12 +84,18 @@ def serve(config: Config, answer: Path, *, held: bool) -> None:
     leave(0)
 
 
-def _timed(step: Any, kind: str, passes: list[tuple[str, float, float]], hold: float) -> Any:
+def _held(schedule: Any, kind: str, config: Config, stage: int) -> float:
+    """Seconds of the pass at hand: a chunk's share; the last chunk of the last stage has the head too."""
+    p = config.parallel
+    last = stage == p.pp_degree - 1 and (schedule._virtual_pp_rank or 0) == p.virtual_pp_degree - 1
+    return HELD[kind] * (1 / p.virtual_pp_degree + (HEAD_SHARE if last else 0))
+
+
+def _timed(step: Any, kind: str, passes: list[tuple[str, float, float]], hold: Callable[[], float]) -> Any:
     def wrapped(*arguments: Any, **named: Any) -> Any:
-        begin = time.perf_counter()
+        begin, least = time.perf_counter(), hold()
         result = step(*arguments, **named)
-        if hold:
-            time.sleep(max(0.0, begin + hold - time.perf_counter()))
+        time.sleep(max(0.0, begin + least - time.perf_counter()))
         passes.append((kind, begin, time.perf_counter()))
         return result
 
