@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +67,8 @@ def predecessor() -> str:
     ]
     lines = ["| " + " | ".join([*columns, "300 B tokens"]) + " |", "|---|" + "---:|" * len(columns)]
     for name, overrides in PREDECESSOR.items():
-        configs = [cli.job([*overrides, "precision=fp16", f"device={device}"]) for device in ("v100_32", "a100_40")]
+        job = cli.job([*overrides, "precision=fp16"])
+        configs = [replace(job, device=devices.table()[device]) for device in ("v100_32", "a100_40")]
         need = footprint.memory(configs[0])
         cells = [f"{size / GIB:.1f}" for size in (need.state, need.activations, need.working)]
         lasts = ""

@@ -33,8 +33,12 @@ def gpt_1b() -> Config:
     return on(configured(["model=1.3b", "parallel=dp8", *DATA]), "v100_32", DType.fp16)
 
 
-def test_layouts_are_legal_fit_and_are_sorted(gpt_175b: Config) -> None:
-    found = search.search(gpt_175b, 128)
+@pytest.fixture(scope="module")
+def found(gpt_175b: Config) -> list[search.Candidate]:
+    return search.search(gpt_175b, 128)
+
+
+def test_layouts_are_legal_fit_and_are_sorted(found: list[search.Candidate]) -> None:
     assert len(found) > 100
     seconds = [candidate.seconds for candidate in found]
     assert seconds == sorted(seconds)
@@ -49,11 +53,13 @@ def test_layouts_are_legal_fit_and_are_sorted(gpt_175b: Config) -> None:
     assert any(candidate.config.parallel.virtual_pp_degree > 1 for candidate in found)
 
 
-def test_the_published_layout_fits_and_the_search_finds_one_as_fast(gpt_175b: Config) -> None:
+def test_the_published_layout_fits_and_the_search_finds_one_as_fast(
+    gpt_175b: Config, found: list[search.Candidate]
+) -> None:
     assert search.fits(gpt_175b)
-    published, best = cost.cost(gpt_175b), search.search(gpt_175b, 128)[0]
+    published = cost.cost(gpt_175b)
     assert published is not None
-    assert best.seconds <= published.seconds
+    assert found[0].seconds <= published.seconds
 
 
 def test_thousands_of_devices_are_searched(gpt_175b: Config) -> None:
@@ -102,7 +108,7 @@ def test_a_search_needs_times(gpt_1b: Config) -> None:
 
 def test_the_printed_command_makes_the_layout(gpt_1b: Config) -> None:
     typed = ["model=1.3b", "parallel=dp8", "precision=fp16", "task=plan", "plan.search=true", *DATA]
-    for candidate in search.search(gpt_1b, 8)[::37]:
+    for candidate in search.search(gpt_1b, 8)[::61]:
         words = shlex.split(planning.command(typed, candidate))
         assert words[:3] == ["python", "-m", "gpt.main"]
         again = configured(words[3:])
@@ -215,7 +221,6 @@ def test_the_command_says_the_verdict_and_leaves_with_2_only_if_asked(gpt: Run, 
     assert ran.code == 0, ran.text
     for words in ("verdict: fits: 3", "device hours, ", "MWh", "MFU", "first 0 *", "between nodes"):
         assert words in ran.out, ran.out
-    assert gpt(*job, "device=v100_16").code == 0
     strict = gpt(*job, "device=v100_16", "plan.require_fit=true")
     assert strict.code == 2
     assert "plan.require_fit: does not fit: 3" in strict.err
