@@ -97,8 +97,12 @@ def element_size(config: Config) -> int:
 def in_flight(config: Config, stage: int) -> int:
     """Micro batches times chunks whose activations a stage holds at once under Fleet's schedule."""
     p, micros = config.parallel, accumulate_steps(config)
-    order = schedule.of_fleet(p.pp_degree, micros, p.virtual_pp_degree)
-    return schedule.in_flight(order, stage, p.pp_degree, micros, p.virtual_pp_degree)
+    return schedule.in_flight(_order(config), stage, p.pp_degree, micros, p.virtual_pp_degree)
+
+
+def _order(config: Config) -> schedule.Schedule:
+    p = config.parallel
+    return schedule.of_fleet(p.pp_degree, accumulate_steps(config), p.virtual_pp_degree)
 
 
 def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
@@ -113,13 +117,15 @@ def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
     passing = size * part.widest * min(split, 2)
     early = held < accumulate_steps(config) * p.virtual_pp_degree
     come = size * counts.block_elements(config) if split == 3 else 0
+    losses = _loss(config, tokens) if last else 0
     if last and on_cpu(config) and p.mp_degree == 1:  # the head's gradients, made in the forward pass, stay to its end
-        come += FP32 * (padded_vocab(config) + tokens) * config.model.hidden
+        come += losses
+    more = accumulate_steps(config) - 1 if _order(config) is schedule.Schedule.f_then_b else 0
     return Memory(
         weights=size * (part.owned if split >= 3 else part.elements),
         gradients=size * (part.owned if split >= 2 else part.elements),
         optimizer=0 if away else slots,
-        activations=round(tokens * _kept(config, number, held, first=first, last=last)),
+        activations=round(tokens * _kept(config, number, held, first=first, last=last)) + more * losses,
         logits=_logits(config, tokens) if last else 0,
         again=round(tokens * _again(config, number)) + come + (passing if early or split > 1 else 0),
         gathered=size * part.outside if split == 3 else 0,
@@ -221,6 +227,14 @@ def _logits(config: Config, tokens: int) -> int:
         return round(4 * FP32 * rows * columns)
     parts = 1 if rows == tokens else 2
     return round(FP32 * (rows * columns + parts * (columns + tokens) * m.hidden))
+
+
+def _loss(config: Config, tokens: int) -> int:
+    """What a loss keeps for its backward pass: on a CPU its gradients, else probabilities unless it is in chunks."""
+    m, mp = config.model, config.parallel.mp_degree
+    if on_cpu(config) and mp == 1:
+        return FP32 * (padded_vocab(config) + tokens) * m.hidden
+    return 0 if m.loss_chunk else FP32 * tokens * padded_vocab(config) // mp
 
 
 def _buffers(config: Config, part: counts.Stage) -> int:
