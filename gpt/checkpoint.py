@@ -142,13 +142,19 @@ def _together(topology: Topology | None, mine: Any) -> list[Any]:
     return said
 
 
-def require(run_dir: Path, warn: Callable[[str], None], topology: Topology | None = None) -> Checkpoint:
-    """``newest``, or an error.
+def require(source: Path, warn: Callable[[str], None], topology: Topology | None = None) -> Checkpoint:
+    """The newest sound checkpoint of a run, or the one that ``source`` is.
 
     Raises:
-        UserError: the run has no sound checkpoint.
+        UserError: there is none.
     """
-    found = newest(run_dir, warn, topology)
+    if (source / "state.json").is_file():
+        rank, ranks = (topology.rank, ranks_of(topology)) if topology else (0, 1)
+        problem = next((p for p in _together(topology, damage(source, rank, ranks)) if p), None)
+        if problem:
+            raise UserError(f"checkpoint {source} is damaged: {problem}")
+        return Checkpoint(source)
+    found = newest(source, warn, topology)
     if found is None:
-        raise UserError(f"{run_dir}: no sound checkpoint; train first (the same command without task=)")
+        raise UserError(f"{source}: no sound checkpoint; train first (the same command without task=)")
     return found

@@ -9,18 +9,22 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt.config import Config, UserError
+from gpt import trained
+from gpt.config import Config, Task, UserError
 from gpt.files import cache_dir, conf_dir
 from gpt.plan.devices import calibrated
 from gpt.rules import check, known_keys, suggest
 from gpt.runs import run_name
 
+TRAINED = [task for task in Task if trained.reads_one(task)]
+FREE_TEXT = ("prompt", "generate.prompt", "notes")
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -30,6 +34,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("cache_dir", cache_dir, replace=True)
     OmegaConf.register_new_resolver("calibrated", calibrated, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="hydra/callbacks", name="gate", node={"gate": {"_target_": "gpt.cli.Gate"}})
@@ -41,6 +46,12 @@ def _run_name(*, _root_: DictConfig) -> str:
     assert isinstance(resolved, dict)
     plain = {str(key): value for key, value in resolved.items()}
     return run_name(plain, str(_root_.hydra.runtime.choices.get("parallel")))
+
+
+def _run_dir(*, _root_: DictConfig) -> str:
+    if _root_.get("checkpoint") and _root_.task in TRAINED:
+        return str(trained.home(Path(str(_root_.checkpoint))))
+    return f"outputs/{_run_name(_root_=_root_)}"
 
 
 def job_config(composed: DictConfig) -> DictConfig:
@@ -130,6 +141,22 @@ def explain(error: BaseException, arguments: list[str]) -> str:
         except CONFIG_ERRORS as problem:
             problems.append(_translate(override, problem))
     return str(UserError.of(problems or [_first_lines(error)]))
+
+
+def with_text_quoted(arguments: list[str]) -> list[str]:
+    """The command's arguments, what is free text quoted as Hydra wants it: commas, brackets and spaces are text there.
+
+    Example:
+        >>> with_text_quoted(["prompt=Hello, (world", "seed=1", "prompt='as it is'"])
+        ['prompt="Hello, (world"', 'seed=1', "prompt='as it is'"]
+    """
+    found = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        free = equals and key.lstrip("+") in FREE_TEXT and not quoted
+        found.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}" if free else argument)
+    return found
 
 
 def overrides_of(arguments: list[str]) -> list[str]:

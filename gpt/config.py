@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from gpt.config_plan import DeviceSpec, Plan
 from gpt.config_prepare import Prepare
+from gpt.config_text import Evaluate, Generate, Serve
 
 
 class UserError(Exception):
@@ -38,6 +39,7 @@ class Task(Enum):
     pretrain = "pretrain"
     evaluate = "evaluate"
     generate = "generate"
+    serve = "serve"
     plan = "plan"
     prepare = "prepare"
 
@@ -73,14 +75,6 @@ class Order(Enum):
 
     shuffle = "shuffle"
     megatron = "megatron"
-
-
-class Split(Enum):
-    """A part of the documents."""
-
-    train = "train"
-    val = "val"
-    test = "test"
 
 
 class ScheduleName(Enum):
@@ -221,26 +215,6 @@ class Trainer:
 
 
 @dataclass
-class Evaluate:
-    """Of ``task=evaluate``."""
-
-    split: Split = MISSING
-    max_batches: int | None = None
-
-
-@dataclass
-class Generate:
-    """Of ``task=generate`` and of the sample that closes a training run."""
-
-    prompt: str = MISSING
-    max_new_tokens: int = MISSING
-    temperature: float = MISSING
-    top_k: int = MISSING
-    top_p: float = MISSING
-    num_samples: int = MISSING
-
-
-@dataclass
 class Wandb:
     """Weights & Biases."""
 
@@ -277,6 +251,8 @@ class Config:
     seed: int = MISSING
     tags: list[str] = MISSING
     notes: str = MISSING
+    checkpoint: str | None = None  # a run, or one of its checkpoints; None: the run of this configuration
+    prompt: str = MISSING  # what ``generate.prompt`` is unless it is given itself
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
     data: Data = field(default_factory=Data)
@@ -286,6 +262,7 @@ class Config:
     trainer: Trainer = field(default_factory=Trainer)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
+    serve: Serve = field(default_factory=Serve)
     prepare: Prepare = field(default_factory=Prepare)
     plan: Plan = field(default_factory=Plan)
     logger: Logger = field(default_factory=Logger)

@@ -42,6 +42,10 @@ class Console:
         """A sentence."""
         self._rich.print(Text(text))
 
+    def show(self, text: str) -> None:
+        """Text as it is, also half a line."""
+        self._rich.print(Text(text), end="")
+
     def warn(self, text: str) -> None:
         """A sentence that matters."""
         self._rich.print(Text(f"WARNING: {text}", style="yellow"))

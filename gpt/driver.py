@@ -6,12 +6,14 @@ import dataclasses
 import os
 import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import heartbeat, plan, planning, runs
-from gpt.config import Config, Device, Split, Task, UserError, one_rank, world_size
+from gpt import heartbeat, plan, planning, runs, talk, trained
+from gpt.config import Config, Device, Task, UserError, world_size
+from gpt.config_text import Split
 from gpt.console import Console
 from gpt.data import corpus
 from gpt.data.prepare import build
@@ -20,6 +22,7 @@ from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
 from gpt.plan import devices
 from gpt.runs import Job
+from gpt.text import prompts
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
 from launchers.places import Place
@@ -48,13 +51,14 @@ def gate(config: Config, run_dir: Path) -> None:
         if problems := build.check(config):
             raise UserError.of(problems)
         return
+    job = trained.job(config, run_dir) if trained.reads_one(config.task) else None
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
     if config.task is Task.pretrain:
         problems += corpus.check(config) + runs.conflicts(run_dir, config)
-    else:
-        _trained(config, run_dir)
+    if job and config.task is Task.generate:
+        problems += prompts.check(job.config, trained.vocabulary(job))
     if problems:
         raise UserError.of(problems)
 
@@ -130,29 +134,18 @@ def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Cons
 
 
 def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console: Console) -> None:
-    job = _trained(config, run_dir)
+    job = trained.job(config, run_dir)
     if any(o.lstrip("+").startswith(("data=", "data.")) for o in overrides):
         problems = corpus.check(config)
         if problems:
             raise UserError.of(problems)
         job = dataclasses.replace(job, data=corpus.prepare(config, console.note))
         job.config.data = config.data
-    (run_dir / "logs").mkdir(exist_ok=True)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    prompts.hand_over(job.config, run_dir / "logs")
     file = run_dir / "logs" / f"{config.task.value}.json"
     dataclasses.replace(job, command=_command(overrides)).write(file)
     _launch(job, file, console, None)
-
-
-def _trained(config: Config, run_dir: Path) -> Job:
-    """The trained run's own job, with this command's task and its settings put in."""
-    job = Job.read(run_dir)
-    if not runs.checkpoint_steps(run_dir):
-        raise UserError(f"{run_dir}: no checkpoint yet; train first (the same command without task=)")
-    for name in ("task", "evaluate", "generate", "cluster", "precision"):
-        setattr(job.config, name, getattr(config, name))
-    if config.task is Task.generate:
-        job.config.parallel = one_rank(job.config).parallel  # whatever topology it was trained on
-    return job
 
 
 @contextmanager
@@ -176,6 +169,7 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
         JobFailed: a worker ended with anything but 0.
     """
     config, logs, ranks = job.config, job.run_dir / "logs", world_size(job.config)
+    line = talk.Driver(console.show) if _speaks(config) else None
     training, gpu = config.task is Task.pretrain, config.cluster.device is Device.gpu
     records = local.Tail(job.run_dir / "metrics.jsonl")
     # One rank has nobody to wait for.
@@ -186,6 +180,8 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     with console.progress(config.trainer.max_steps if training else None) as progress:
 
         def poll() -> Outcome | None:
+            if line:
+                line.pump()
             progress.records(records.lines())
             stuck = watchdog.stuck()
             return Outcome(GUARD, reason=stuck) if stuck else None
@@ -199,16 +195,22 @@ def _launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
             ["-m", "gpt.worker", str(job.run_dir), str(file)],
             choose,
             logs,
-            local.environment(config, hub.role.here(ranks), live=progress.live),
+            local.environment(config, hub.role.here(ranks), live=progress.live) | (line.variables if line else {}),
             show=progress.line,
             poll=poll,
             others=hub.remotes,
-            hand_over=(lock.descriptor,) if lock else (),
+            hand_over=((lock.descriptor,) if lock else ()) + ((line.descriptor,) if line else ()),
             retry=not hub.role.starter,
         )
-        progress.records(records.lines())
+        poll()
     if outcome.code:
         raise _failure(outcome, logs / f"worker.{outcome.rank}.log", watchdog)
+
+
+def _speaks(config: Config) -> bool:
+    """Whether text appears as it comes: in a session, or in a terminal."""
+    settings = config.generate
+    return config.task is Task.generate and (settings.interactive or (settings.stream and sys.stdout.isatty()))
 
 
 def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
@@ -268,7 +270,7 @@ def _sum_up(job: Job, console: Console) -> float | None:
     run = f"hydra.run.dir={shlex.quote(str(_short(job.run_dir)))}"
     console.next_commands(
         [
-            (f"{command} task=generate {run} generate.prompt='import '", "continue a prompt"),
+            (f"{command} task=generate {run} prompt='import '", "continue a prompt"),
             (f"{command} task=evaluate {run} evaluate.split=test", "measure on the test split"),
             (f"{_again(job.command)} {run} trainer.max_steps={more}", "train on"),
             (f"{command} task=plan model=1.3b parallel=dp8", "what would a bigger model need?"),

@@ -62,6 +62,7 @@ def _remove_if_empty(folder: Path) -> None:
 def main() -> None:
     """Run the command line; every ending is an exit code of the table in docs/architecture.md."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with advice
+    sys.argv[1:] = cli.with_text_quoted(sys.argv[1:])
     role, code = roles.detect(os.environ), 0
     try:
         follow.run(role, _composed) if role.starter else _composed()

@@ -14,12 +14,13 @@ import paddle
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 
-from gpt import ops
+from gpt import ops, stages
+from gpt.cache import Cache
 from gpt.config import Config, Recompute, padded_vocab
+from gpt.data.tokens import Array
 from gpt.topology import Topology, initial_value
 
 Settle = Callable[[str, nn.Layer], None]
-Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values so far, BTND each
 
 
 class Attention(nn.Layer):  # type: ignore[misc]
@@ -52,15 +53,13 @@ class Attention(nn.Layer):  # type: ignore[misc]
         with self.topology.own_masks():
             return ops.causal_attention(qkv_BTNE, dropout)
 
-    def step(self, x_BTH: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The same for new positions after ``past`` ones, without dropout; returns the longer past too."""
+    def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
+        """The same for new positions after those of the cache, without dropout; it gets their keys and values."""
         B, T, _ = x_BTH.shape
         qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
-        q, k, v = paddle.split(qkv_BTNE, 3, axis=-1)
-        if past is not None:
-            k, v = paddle.concat([past[0], k], axis=1), paddle.concat([past[1], v], axis=1)
-        mixed_BTND = ops.attention_after(q, k, v)
-        return self.out(mixed_BTND.reshape([B, T, self.heads * self.size])), (k, v)
+        keys, values = cache.keys[layer], cache.values[layer]
+        mixed_BTND = ops.attention_after(qkv_BTNE, keys, values, cache.length, cache.pads_B)
+        return self.out(mixed_BTND.reshape([B, T, self.heads * self.size]))
 
 
 class Block(nn.Layer):  # type: ignore[misc]
@@ -102,11 +101,10 @@ class Block(nn.Layer):  # type: ignore[misc]
     def _mlp(self, x_BTH: Tensor) -> Tensor:
         return self.fc2(ops.gelu(self.fc1(x_BTH)))
 
-    def step(self, x_BTH: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Inference on new positions after ``past`` ones."""
-        mixed, past = self.attention.step(self.norm1(x_BTH), past)
-        x_BTH = x_BTH + mixed
-        return x_BTH + self._mlp(self.norm2(x_BTH)), past
+    def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Inference on new positions after those of the cache, in which this block is ``layer``."""
+        x_BTH = x_BTH + self.attention.step(self.norm1(x_BTH), cache, layer)
+        return x_BTH + self._mlp(self.norm2(x_BTH))
 
 
 def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
@@ -120,7 +118,7 @@ def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]
 
 
 class GPT(nn.Layer):  # type: ignore[misc]
-    """The whole model.
+    """The whole model; of a pipeline, this stage's part of it, which can only decode (``gpt.pipeline`` trains).
 
     Args:
         config: of the job; reads ``model``, ``parallel`` and ``seed``.
@@ -134,16 +132,25 @@ class GPT(nn.Layer):  # type: ignore[misc]
         m = config.model
         self.config = config
         self.topology = topology
-        self.word = topology.embedding(padded_vocab(config), m.hidden)
-        self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
-        self.norm = ops.LayerNorm(m.hidden, m.layer_norm_eps)
-        for prefix, part in (("word", self.word), ("position", self.position), ("norm", self.norm)):
-            settle(prefix, part)
-        self.layers = nn.LayerList()
-        for i in range(m.layers):
-            block = Block(config, topology, i)
-            settle(f"layers.{i}", block)
-            self.layers.append(block)
+        first, last = topology.stage == 0, topology.stage == topology.parallel.pp_degree - 1
+        if first or last:
+            self.word = topology.embedding(padded_vocab(config), m.hidden)
+            settle("word", self.word)
+        if first:
+            self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+            settle("position", self.position)
+        if last:
+            self.norm = ops.LayerNorm(m.hidden, m.layer_norm_eps)
+            settle("norm", self.norm)
+        self.layers = nn.LayerDict()
+        for i in topology.own_layers(m.layers):
+            self.layers[str(i)] = Block(config, topology, i)
+            settle(f"layers.{i}", self.layers[str(i)])
+
+    @property
+    def dtype(self) -> str:
+        """Element type of activations."""
+        return str(next(iter(self.layers.values())).norm1.weight.dtype).removeprefix("paddle.")
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters by the names that checkpoints, initial values and decay rules use."""
@@ -155,14 +162,15 @@ class GPT(nn.Layer):  # type: ignore[misc]
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Final hidden states BTH of int64 tokens BT."""
-        x_BTH = self.topology.enter_blocks(self._embed(tokens_BT, 0))
-        for block in self.layers:
+        x_BTH = self.topology.enter_blocks(self._embed(tokens_BT))
+        for block in self.layers.values():
             x_BTH = block(x_BTH)
         return self.topology.leave_blocks(self.norm(x_BTH))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits BTV; those of padding rows are -1e9."""
-        return self._head(self.hidden(tokens_BT))
+        assert self.topology.parallel.mp_degree == 1, "logits want the whole table: build the model for one rank"
+        return ops.logits(self.hidden(tokens_BT), self.word.weight, self.config.model.vocab)
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, count: float) -> Tensor:
         """Sum of the cross entropies where ``mask_BT`` is 1, divided by ``count``: a scalar, in float32.
@@ -178,25 +186,44 @@ class GPT(nn.Layer):  # type: ignore[misc]
         m = self.config.model
         return self.topology.head_loss(x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
 
-    def _head(self, x: Tensor) -> Tensor:
-        assert self.topology.parallel.mp_degree == 1, "logits want the whole table: build the model for one rank"
-        return ops.logits(x, self.word.weight, self.config.model.vocab)
-
-    def _embed(self, tokens_BT: Tensor, start: int) -> Tensor:
-        positions_T = paddle.arange(start, start + tokens_BT.shape[1], dtype="int64")
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        positions_T = paddle.arange(tokens_BT.shape[1], dtype="int64")
         x_BTH = self.word(tokens_BT) + self.position(positions_T)
         return ops.dropout(x_BTH, self.config.model.dropout, self.training)
 
-    def step(self, tokens_BT: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Logits BV after the last of some new tokens, and the longer cache: incremental decoding.
+    def new_cache(self, columns: int, pads_B: Array) -> Cache:
+        """Room for ``columns`` positions of as many rows as ``pads_B`` has; see ``Cache``."""
+        m, mp = self.config.model, self.topology.parallel.mp_degree
+        shape = [len(pads_B), m.heads // mp, columns, m.hidden // m.heads]
+        return Cache(len(self.layers), shape, self.dtype, pads_B)
+
+    def extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Hidden states BTH of some new tokens, which the cache then has too; of a pipeline, on the last stage.
 
         Args:
-            tokens_BT: the new tokens; the whole prompt with ``cache`` None.
-            cache: of the former call; it grows by T positions.
+            tokens_BT: int64, the next columns of all rows.
+            cache: of ``new_cache``, with room for T more columns.
         """
-        x_BTH = self._embed(tokens_BT, cache[0][0].shape[1] if cache else 0)
-        longer: Cache = []
-        for i, block in enumerate(self.layers):
-            x_BTH, past = block.step(x_BTH, cache[i] if cache else None)
-            longer.append(past)
-        return self._head(self.norm(x_BTH[:, -1])), longer
+        x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
+        if self.topology.stage == 0:
+            x_BTH = self.word(tokens_BT) + self.position(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
+        x_BTH = stages.relay(self.topology, x_BTH, lambda x: self._blocks(x, cache))
+        cache.length += tokens_BT.shape[1]
+        return x_BTH
+
+    def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Logits BV after the last of some new tokens, V the real vocabulary: incremental decoding. See ``extend``.
+
+        Over a pipeline or mp ranks every rank gets the same logits.
+        """
+        x_BTH = self.extend(tokens_BT, cache)
+        shape = [tokens_BT.shape[0], self.config.model.vocab]
+        return stages.from_last(self.topology, shape, self.dtype, lambda: self._head(x_BTH[:, -1]))
+
+    def _blocks(self, x_BTH: Tensor, cache: Cache) -> Tensor:
+        for i, block in enumerate(self.layers.values()):
+            x_BTH = block.step(x_BTH, cache, i)
+        return x_BTH
+
+    def _head(self, x_BH: Tensor) -> Tensor:
+        return stages.head(self.topology, self.norm(x_BH), self.word.weight, self.config.model.vocab)

@@ -5,16 +5,26 @@ B batch, T positions, N heads, D head size, E = 3 D, S positions so far, M rows,
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 from paddle.nn import functional as F
 
-from gpt import kernels, kernels_large
+from gpt import kernels, kernels_decode, kernels_large
+from gpt.data.tokens import Array
 
 
 def _on_cpu(x: Tensor) -> bool:
     return bool(x.place.is_cpu_place())
+
+
+def _apply(kernel: Any, *arguments: Any) -> Tensor:
+    """A kernel, and what its gradient needs only where there will be one."""
+    out: Tensor = kernel.apply(*arguments) if paddle.is_grad_enabled() else kernel.forward(kernels.Forget(), *arguments)
+    return out
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
@@ -27,19 +37,34 @@ def sum_of_squares(tensors: list[Tensor]) -> float:
 def causal_attention(qkv_BTNE: Tensor, dropout: float) -> Tensor:
     """softmax(q k' / sqrt(D)) v over the positions up to one's own, with dropout on the probabilities: BTND."""
     if _on_cpu(qkv_BTNE):
-        return kernels_large.CausalAttention.apply(qkv_BTNE, dropout)
+        return _apply(kernels_large.CausalAttention, qkv_BTNE, dropout)
     q, k, v = paddle.split(qkv_BTNE, 3, axis=-1)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
-def attention_after(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
-    """Attention of the last T of S positions to all up to their own, for decoding: BTND."""
-    T, S = q_BTND.shape[1], k_BSND.shape[1]
-    q, k, v = (x.transpose([0, 2, 1, 3]) for x in (q_BTND, k_BSND, v_BSND))
-    scores_BNTS = paddle.matmul(q * q.shape[-1] ** -0.5, k, transpose_y=True)
-    if T > 1:
-        scores_BNTS = scores_BNTS + paddle.triu(paddle.full([T, S], -1e9, dtype=q.dtype), diagonal=S - T + 1)
-    return paddle.matmul(F.softmax(scores_BNTS, axis=-1), v).transpose([0, 2, 1, 3])
+def attention_after(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, start: int, pads_B: Array) -> Tensor:
+    """Attention of T new positions to all up to their own, for decoding: BTND.
+
+    Args:
+        qkv_BTNE: of the new positions, which are columns ``start`` and following.
+        keys_BNSD: of the columns before; the new ones are written into it.
+        values_BNSD: likewise.
+        start: columns before.
+        pads_B: columns at the left of each row that nobody looks at.
+    """
+    if _on_cpu(qkv_BTNE) and qkv_BTNE.dtype == paddle.float32:
+        return kernels_decode.attention(qkv_BTNE, keys_BNSD, values_BNSD, start, pads_B)
+    T = qkv_BTNE.shape[1]
+    stop = start + T
+    q, k, v = (x.transpose([0, 2, 1, 3]) for x in paddle.split(qkv_BTNE, 3, axis=-1))
+    keys_BNSD[:, :, start:stop] = k
+    values_BNSD[:, :, start:stop] = v
+    columns_S = np.arange(stop)
+    seen_TS = columns_S[None] <= np.arange(start, stop)[:, None]
+    seen = paddle.to_tensor(seen_TS[None, None] & (columns_S >= pads_B[:, None])[:, None, None])
+    scores = paddle.matmul(q * q.shape[-1] ** -0.5, keys_BNSD[:, :, :stop], transpose_y=True).astype("float32")
+    share = F.softmax(paddle.where(seen, scores, paddle.full([1], -1e30)), axis=-1).astype(q.dtype)
+    return paddle.matmul(share, values_BNSD[:, :, :stop]).transpose([0, 2, 1, 3])
 
 
 def head_loss(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int) -> Tensor:
@@ -71,7 +96,10 @@ def head_loss(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor
 
 def logits(x: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
     """The tied head on [..., H]: [..., V], with -1e9 (float16: -6e4) in the columns of padding rows."""
-    out = paddle.matmul(x, table_VH, transpose_y=True)
+    if x.ndim == 2 and _on_cpu(x) and not paddle.is_grad_enabled():
+        out = kernels.product(x, table_VH, transposed=True)
+    else:
+        out = paddle.matmul(x, table_VH, transpose_y=True)
     if table_VH.shape[0] == vocab:
         return out
     low = -6e4 if out.dtype == paddle.float16 else -1e9
@@ -81,14 +109,14 @@ def logits(x: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GELU, tanh approximation."""
-    return kernels.Gelu.apply(x) if _on_cpu(x) else F.gelu(x, approximate=True)
+    return _apply(kernels.Gelu, x) if _on_cpu(x) else F.gelu(x, approximate=True)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Dropout with scaling by 1 / (1 - p) in training; the identity otherwise."""
     if not training or p == 0:
         return x
-    return kernels.Dropout.apply(x, p) if _on_cpu(x) else F.dropout(x, p)
+    return _apply(kernels.Dropout, x, p) if _on_cpu(x) else F.dropout(x, p)
 
 
 class Linear(nn.Linear):  # type: ignore[misc]
@@ -100,7 +128,7 @@ class Linear(nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        return kernels.Linear.apply(x, self.weight, self.bias) if _on_cpu(x) else super().forward(x)
+        return _apply(kernels.Linear, x, self.weight, self.bias) if _on_cpu(x) else super().forward(x)
 
 
 class LayerNorm(nn.LayerNorm):  # type: ignore[misc]
@@ -113,5 +141,5 @@ class LayerNorm(nn.LayerNorm):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
         if _on_cpu(x):
-            return kernels.LayerNorm.apply(x, self.weight, self.bias, self.epsilon)
+            return _apply(kernels.LayerNorm, x, self.weight, self.bias, self.epsilon)
         return super().forward(x)

@@ -27,7 +27,9 @@ from gpt.config import (
 )
 from gpt.config_prepare import DocumentRule
 from gpt.rules_plan import plan_problems
+from gpt.text.request import Sampling
 
+NO_GROUPS = ("seed", "tags", "notes", "checkpoint", "prompt", "evaluate", "generate", "serve", "prepare", "plan")
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
 
@@ -95,8 +97,8 @@ def unknown_keys(plain: dict[Any, Any]) -> list[str]:
 
 
 def _required_groups() -> list[str]:
-    groups = (f.name for f in dataclasses.fields(Config))
-    return [g for g in groups if g not in ("seed", "tags", "notes", "evaluate", "generate", "prepare", "plan")]
+    groups = [f.name for f in dataclasses.fields(Config)]
+    return [g for g in groups if g not in NO_GROUPS]
 
 
 def group_problems(choices: dict[str, Any]) -> list[str]:
@@ -130,8 +132,7 @@ def _ranges(config: Config) -> Iterator[str]:
         "trainer.max_steps": 1, "trainer.micro_batch_size": 1, "trainer.global_batch_size": 1,
         "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
         "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
-        "generate.max_new_tokens": 1, "generate.temperature": 0, "generate.top_k": 0,
-        "generate.num_samples": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
+        "generate.batch_size": 1, "serve.port": 0, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
         "prepare.min_length": 1, "prepare.limit": 1, "prepare.workers": 1,
     }  # fmt: skip
     for key, low in at_least.items():
@@ -144,8 +145,7 @@ def _ranges(config: Config) -> Iterator[str]:
     for key in ("model.init_std", "model.layer_norm_eps", "optimizer.lr", "optimizer.eps"):
         if not 0 < _get(config, key) < float("inf"):
             yield f"{key}={_get(config, key)}: must be more than 0"
-    if not 0 < config.generate.top_p <= 1:
-        yield f"generate.top_p={config.generate.top_p}: from more than 0 up to 1 (1: off)"
+    yield from Sampling.of(config.generate, config.seed).problems()
     if not config.generate.prompt:
         yield "generate.prompt is empty: there must be something to continue"
     betas = config.optimizer.betas

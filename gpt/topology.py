@@ -245,6 +245,11 @@ class Topology:
 
         return paddle.nn.Embedding(rows, size, weight_attr=paddle.nn.initializer.Constant(0.0))
 
+    def own_layers(self, layers: int) -> range:
+        """Numbers of the blocks that this stage has, of ``layers`` in all, without virtual stages."""
+        each = layers // self.parallel.pp_degree
+        return range(self.stage * each, (self.stage + 1) * each)
+
     def head_loss(
         self,
         x_MH: paddle.Tensor,

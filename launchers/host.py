@@ -16,6 +16,7 @@ from gpt.config import Config, Device, DType
 from gpt.files import conf_dir
 
 TESTED_PADDLE = ("3.3.1",)
+GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # what the driver says of each
 INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.paddlepaddle.org.cn/en/install/quick"
 
 
@@ -42,13 +43,12 @@ def gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([d for d in visible.split(",") if d.strip() not in ("", "-1")])
-    folder = Path("/proc/driver/nvidia/gpus")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+    return len(list(GPU_FOLDER.iterdir())) if GPU_FOLDER.is_dir() else 0
 
 
 def gpu_name() -> str:
     """What the driver calls the first GPU of this host; '' without one."""
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+    for path in sorted(GPU_FOLDER.glob("*/information")):
         with contextlib.suppress(OSError):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")), "")

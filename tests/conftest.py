@@ -94,7 +94,7 @@ def small(text: Path) -> list[str]:
 def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     """Configuration and choices, as the command would see them."""
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3", job_name="gpt"):
-        whole = compose("config", overrides, return_hydra_config=True)
+        whole = compose("config", cli.with_text_quoted(overrides), return_hydra_config=True)
     return cli.job_config(whole), dict(whole.hydra.runtime.choices)
 
 
@@ -134,6 +134,21 @@ def gpt(tmp_path: Path) -> Callable[..., Ran]:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The run directory of an undisturbed small job; read only."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt.main", *SMALL, "data=text", f"data.path={text}", f"hydra.run.dir={run_dir}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

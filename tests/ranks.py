@@ -9,11 +9,16 @@ from typing import Any
 import paddle
 
 from gpt import checkpoint, saving, slices
-from gpt.config import Split, typed, world_size
+from gpt.config import typed, world_size
+from gpt.config_text import Split
 from gpt.data.corpus import Prepared
 from gpt.data.samples import Samples
 from gpt.engine import Engine
 from gpt.optim import LossScale
+from gpt.runs import Job
+from gpt.tasks.generate import in_batches
+from gpt.text.request import Sampling
+from gpt.text.writer import ModelWriter
 from gpt.topology import Topology
 
 
@@ -134,3 +139,13 @@ def quits(config: dict[str, Any]) -> str:
     except ConnectionError as error:
         return str(error)
     return "nothing"
+
+
+def write(config: dict[str, Any], prompts: list[str], size: int) -> list[list[str]]:
+    """Texts for prompts, ``size`` of them at a time on each replica."""
+    empty = Prepared([], "", None, None, None, 0)
+    job = Job(typed(config), empty, Path(), [])
+    topology = Topology.connect(job.config)
+    writer, sampling = ModelWriter.of(job, topology), Sampling.of(job.config.generate, job.config.seed)
+    batches = in_batches(writer, topology, prompts, sampling, size, lambda piece: None, lambda: True)
+    return [[text.text for text in texts] for batch in batches for texts in batch]

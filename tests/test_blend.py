@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import SMALL, Ran, configured
 
-from gpt.config import Split
+from gpt.config_text import Split
 from gpt.data import corpus, tokens
 from gpt.data.samples import Samples
 

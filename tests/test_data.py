@@ -11,7 +11,8 @@ from conftest import SMALL, configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.config import Order, Split, UserError
+from gpt.config import Order, UserError
+from gpt.config_text import Split
 from gpt.data import corpus, order, tokenizer, tokens
 from gpt.data.samples import Samples
 

@@ -9,7 +9,8 @@ import pytest
 from conftest import configured
 
 from gpt import guard
-from gpt.config import Device, Split
+from gpt.config import Device
+from gpt.config_text import Split
 from gpt.data import corpus
 from gpt.data.samples import Samples
 from gpt.engine import Engine

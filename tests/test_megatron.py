@@ -11,7 +11,8 @@ from conftest import SMALL, configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.config import Split, UserError
+from gpt.config import UserError
+from gpt.config_text import Split
 from gpt.data import corpus, megatron, tokenizer, tokens
 from gpt.data.samples import Samples
 from scripts import convert_tokens

@@ -160,11 +160,11 @@ def test_no_gradient_flows_from_the_future() -> None:
     model = build("model.init_std=0.2", *NO_DROPOUT)
     x = tokens(1)
     for position in (0, 13, 31):
-        embedded = model._embed(x, 0)
+        embedded = model._embed(x)
         embedded.stop_gradient = False
         embedded.retain_grads()
         h = embedded
-        for block in model.layers:
+        for block in model.layers.values():
             h = block(h)
         direction = paddle.to_tensor(np.random.default_rng(position).standard_normal(32).astype(np.float32))
         (model.norm(h)[0, position] * direction).sum().backward()
@@ -241,12 +241,10 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole() -> None:
     x = tokens(3, 20)
     with paddle.no_grad():
         whole = model(x).numpy()
-        logits, cache = model.step(x[:, :7], None)
-        steps = [logits.numpy()]
-        for t in range(7, 20):
-            logits, cache = model.step(x[:, t : t + 1], cache)
-            steps.append(logits.numpy())
-    np.testing.assert_allclose(np.stack(steps, 1), whole[:, 6:], rtol=1e-3, atol=1e-4)
+        cache = model.new_cache(20, np.zeros(3, dtype=np.int64))
+        steps = [model.step(x[:, :7], cache).numpy()]
+        steps += [model.step(x[:, t : t + 1], cache).numpy() for t in range(7, 20)]
+    np.testing.assert_allclose(np.stack(steps, 1), whole[:, 6:, : model.config.model.vocab], rtol=1e-3, atol=1e-4)
 
 
 # --- operations against their plain formulas ---

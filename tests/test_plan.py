@@ -17,6 +17,7 @@ from gpt.plan import cost, counts, devices, footprint, tables, traffic, verdict
 from gpt.plan.search import fits
 from gpt.rules import rule_problems
 from gpt.shapes import parameter_shapes
+from launchers import host
 
 DATA = ["data=tokens", "data.path=x"]
 GIB = 2**30
@@ -258,16 +259,41 @@ def test_an_unknown_device_has_no_peak_and_so_no_mfu() -> None:
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.bf16) == 312e12
     assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.fp32) is None
     assert plan.peak_flops("AMD EPYC", DType.bf16) is None
-    config = configured(["device=a100_80"])
-    assert devices.peak_here(config, "CPU") is None  # a run on a CPU that was planned for another device
+
+
+def test_mfu_is_counted_with_the_device_that_runs() -> None:
+    planned = configured(["device=a100_80"])
+    assert devices.peak_here(planned, "CPU") is None  # a run on a CPU that was planned for another device
+    chosen, known = on(planned, "h100"), on(planned, "h100")
+    known.device = configured([]).device
+    assert devices.peak_here(chosen, "Something new") == 989e12
+    assert devices.peak_here(known, "NVIDIA A100-PCIE-40GB") == 312e12
+    assert devices.peak_here(known, "Something new") is None
+
+
+def test_the_gpu_of_this_host_is_known_without_paddle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host, "GPU_FOLDER", tmp_path)
+    assert host.gpu_name() == ""
+    (tmp_path / "0000:07:00.0").mkdir()
+    (tmp_path / "0000:07:00.0" / "information").write_text("Model: \t\t NVIDIA A100-SXM4-80GB\nIRQ: 1\n")
+    found = devices.called(host.gpu_name())
+    assert found is not None
+    assert found.name == "a100_80"
+
+
+def test_no_time_is_said_where_the_optimizer_is_on_the_host() -> None:
+    config = on(configured(["optimizer.offload=true", *DATA]), "a100_80")
+    assert cost.cost(config) is None
+    assert cost.missing(config) == ["the speed of its host, where the optimizer is"]
 
 
 def test_device_and_plan_do_not_name_a_run() -> None:
     from gpt.config import plain
     from gpt.runs import run_name
 
-    names = {run_name(plain(configured(more)), "single") for more in ([], ["device=h100", "plan.top=3"])}
-    assert names == {"tiny_single_faf5290b"}  # as before there were devices: a run goes on under the same name
+    values = [plain(configured(more)) for more in ([], ["device=h100", "plan.top=3"])]
+    older = {key: value for key, value in values[0].items() if key not in ("device", "plan")}
+    assert len({run_name(config, "single") for config in (*values, older)}) == 1
 
 
 def test_accumulation_is_what_the_plan_says() -> None:

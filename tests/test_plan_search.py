@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_plan import DATA, GIB, laid_out, on
 
 from gpt import planning
 from gpt.config import Config, DType, Recompute, UserError, global_batch_size, world_size
+from gpt.console import Console
 from gpt.plan import cost, counts, footprint, search, tables, verdict
 from gpt.rules import check, rule_problems
 
@@ -195,6 +197,21 @@ def test_this_host_is_a_device_once_it_is_measured(monkeypatch: pytest.MonkeyPat
     assert two.exposed > alone.exposed == 0
     (tmp_path / "device_cpu.json").write_text("{")
     assert cost.cost(configured(["device=cpu"])) is None
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_plan_reads_well_in_a_terminal(
+    width: int, gpt_175b: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    planning.show(gpt_175b, Console(), [])
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    tables_, verdict_ = shown.split("verdict:")
+    assert max(map(len, tables_.splitlines())) <= width
+    (row,) = [line for line in tables_.splitlines() if "middle 7" in line]
+    assert len(row.split()) == 9  # stage and number, and every figure on one line
+    assert verdict_.startswith(" fits: ")
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_chinese_takes_a_vocabulary_of_its_own_which_is_twice_as_dense_as_gpt2s(
     assert made["bytes_per_token"] > 2 * made["bytes"] / sum(len(gpt2.encode(row)) for row in rows)
     trained = gpt(
         *SMALL, "data=tokens", "data.path=made/x", "model.vocab=4000", "trainer.max_steps=2", "hydra.run.dir=run",
-        "generate.prompt='北京'",
+        "prompt=北京",
     )  # fmt: skip
     assert trained.code == 0, trained.text
     (sample,) = (tmp_path / "run" / "samples.jsonl").read_text("utf-8").splitlines()

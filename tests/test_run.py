@@ -24,23 +24,6 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., Ran]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """The run directory of an undisturbed small job; read only."""
-    from conftest import SMALL
-
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "gpt.main", *SMALL, "data=text", f"data.path={text}", f"hydra.run.dir={run_dir}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir
-
-
 def final_weights(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     found = checkpoint.newest(run_dir, pytest.fail)
     assert found is not None
@@ -156,10 +139,14 @@ def test_the_losses_do_not_depend_on_being_recorded_elsewhere(
 
 def test_other_tasks_read_the_run(gpt: Run, whole: Path) -> None:
     where = f"hydra.run.dir={whole}"
-    ran = gpt("task=generate", where, "generate.prompt='The '", "generate.num_samples=2", "generate.max_new_tokens=9")
+    ran = gpt(
+        "task=generate", where, "generate.prompt='The '", "generate.num_return_sequences=2", "generate.max_new_tokens=9"
+    )
     assert ran.code == 0, ran.text
     assert "sample 2 of 2" in ran.out
-    again = gpt("task=generate", where, "generate.prompt='The '", "generate.num_samples=2", "generate.max_new_tokens=9")
+    again = gpt(
+        "task=generate", where, "generate.prompt='The '", "generate.num_return_sequences=2", "generate.max_new_tokens=9"
+    )
     assert again.out == ran.out  # the seed decides
     rows = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert rows[-1]["prompt"] == "The "

@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from gpt.config import Config, Order, Split, UserError, global_batch_size
+from gpt.config import Config, Order, UserError, global_batch_size
+from gpt.config_text import Split
 from gpt.data import order, tokens
 from gpt.data.corpus import Prepared
 from gpt.data.tokens import Array, TokenSet

@@ -113,10 +113,9 @@ def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
     tokens = config.data.seq_len * micro_batch_size(config)
     held = in_flight(config, number)
     first, last = number == 0, number == p.pp_degree - 1
-    # A second micro batch's gradient of a tensor is there before it is added to the first's; its owner takes a copy.
-    passing = size * part.widest * min(split, 2)
+    passing = size * part.widest  # a tensor's gradient is there before it is added to that of other micro batches
     early = held < accumulate_steps(config) * p.virtual_pp_degree
-    come = size * counts.block_elements(config) if split == 3 else 0
+    come = size * counts.block_elements(config) * (p.sharding_degree - 1) // p.sharding_degree if split == 3 else 0
     losses = _loss(config, tokens) if last else 0
     if last and on_cpu(config) and p.mp_degree == 1:  # the head's gradients, made in the forward pass, stay to its end
         come += losses
@@ -128,7 +127,7 @@ def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
         activations=round(tokens * _kept(config, number, held, first=first, last=last)) + more * losses,
         logits=_logits(config, tokens) if last else 0,
         again=round(tokens * _again(config, number)) + come + (passing if early or split > 1 else 0),
-        gathered=size * part.outside if split == 3 else 0,
+        gathered=size * part.fetched if split == 3 else 0,
         buffers=_buffers(config, part),
         host=(slots + FP32 * part.owned * (size == FP32) + FP32 * part.owned) if away else 0,
         early=early,

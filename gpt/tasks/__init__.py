@@ -19,4 +19,4 @@ def run(job: Job, signals: Signals) -> int:
         return evaluate.run(job)
     from gpt.tasks import generate
 
-    return generate.run(job)
+    return generate.run(job, signals)

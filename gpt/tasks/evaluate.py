@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from gpt import checkpoint
 from gpt.config import global_batch_size
@@ -20,7 +21,7 @@ def run(job: Job) -> int:
     config, split = job.config, job.config.evaluate.split
     samples = Samples(config, job.data, split, shuffled=False)
     topology = Topology.connect(config)
-    found = checkpoint.require(job.run_dir, lambda line: say(f"WARNING: {line}"), topology)
+    found = checkpoint.require(Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
     engine = Engine(config, topology, train=False)
     engine.load(found.model(), None, {})
 

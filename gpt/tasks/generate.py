@@ -1,38 +1,195 @@
-"""Sample: continue a prompt, one token at a time, with cached keys and values."""
+"""Sample: continue prompts, one token at a time, with cached keys and values."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import paddle
+import paddle.distributed as dist
 
-from gpt import checkpoint
-from gpt.config import Generate, UserError
+from gpt import heartbeat, stages, talk
 from gpt.data import tokenizer
-from gpt.data.tokens import Array
 from gpt.engine import Engine
+from gpt.guard import Signals
 from gpt.log import say
-from gpt.model import GPT
 from gpt.runs import Job
-from gpt.topology import Topology, derive_seed
+from gpt.text import prompts as texts
+from gpt.text.request import Completion, Piece, Sampling
+from gpt.text.writer import ModelWriter
+from gpt.topology import Topology
+
+IDLE_SECONDS = 5.0  # after which ranks that wait for a prompt hear that there is none yet
 
 
-def run(job: Job) -> int:
-    """Continue ``generate.prompt`` with the run's newest checkpoint; returns the exit code."""
-    found = checkpoint.require(job.run_dir, lambda line: say(f"WARNING: {line}"))
-    if found.tokenizer is None:
-        raise UserError(f"{found.path} has no tokenizer; train with data.tokenizer=.../tokenizer.json to sample text")
-    engine = Engine(job.config, Topology.connect(job.config), train=False)
-    engine.load(found.model(), None, {})
-    texts = continuations(job, engine, found.tokenizer)
-    _record(job, found.state["step"], texts)
-    for number, text in enumerate(texts, start=1):
-        say(f"--- sample {number} of {len(texts)} (step {found.state['step']:,}) ---")
-        say(f"{job.config.generate.prompt}{text}")
-    return 0
+def run(job: Job, signals: Signals) -> int:
+    """Continue the prompts that the job names, or those that are typed; returns the exit code."""
+    topology = Topology.connect(job.config)
+    writer = ModelWriter.of(job, topology)
+    line = talk.Worker.from_environment() if topology.rank == 0 else None
+    if job.config.generate.interactive:
+        _converse(job, writer, topology, line, signals)
+    else:
+        _write(job, writer, topology, line, signals)
+    return 128 + signals.received if signals.received else 0
+
+
+def _write(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker | None, signals: Signals) -> None:
+    """Continue all prompts, some side by side, the replicas sharing them out."""
+    settings = job.config.generate
+    prompts, sampling = texts.read(settings), Sampling.of(settings, job.config.seed)
+    live = line if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
+    if live:
+        live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
+    on_piece, first = _Shown(live), 0
+    with _Results(job, writer.step, topology) as results:
+        for found in in_batches(
+            writer, topology, prompts, sampling, settings.batch_size, on_piece, lambda: not signals.received
+        ):
+            if live:
+                live.show("\n")
+            results.take(prompts[first : first + len(found)], found, first, show=live is None)
+            first += len(found)
+
+
+def in_batches(
+    writer: ModelWriter,
+    topology: Topology,
+    prompts: list[str],
+    sampling: Sampling,
+    size: int,
+    on_piece: Callable[[Piece], None],
+    keep_going: Callable[[], bool],
+) -> Iterator[list[list[Completion]]]:
+    """Texts for ``size`` prompts per replica at a time, on all ranks, as long as ``keep_going`` says so."""
+    for first in range(0, len(prompts), size * topology.replicas):
+        if not keep_going():
+            return
+        some = prompts[first : first + size * topology.replicas]
+        mine = [writer.encode(prompt) for prompt in some[topology.replica :: topology.replicas]]
+        yield _gathered(topology, writer.write(mine, sampling, on_piece, keep_going) if mine else [])
+
+
+def _gathered(topology: Topology, mine: list[list[Completion]]) -> list[list[Completion]]:
+    """What all replicas have written, in the order of their prompts."""
+    if topology.replicas == 1:
+        return mine
+    said: list[Any] = []
+    dist.all_gather_object(said, (topology.replica, mine))
+    by_replica = dict(said)
+    count = sum(len(found) for found in by_replica.values())
+    return [by_replica[i % topology.replicas][i // topology.replicas] for i in range(count)]
+
+
+class _Results:
+    """Shows texts, and puts them into ``samples.jsonl`` and ``generate.output``. The first rank alone does."""
+
+    def __init__(self, job: Job, step: int, topology: Topology) -> None:
+        self._job = job
+        self._step = step
+        self._here = topology.rank == 0
+        output = job.config.generate.output
+        self._final = Path(output) if output else None
+        self._part = self._final.with_name(f"{self._final.name}.part") if self._final else None
+        if self._part and self._here:
+            self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> _Results:
+        return self
+
+    def take(self, prompts: list[str], found: list[list[Completion]], first: int, *, show: bool) -> None:
+        """Texts of some prompts, of which the first has number ``first``."""
+        if not self._here:
+            return
+        rows = list(_rows(prompts, found, self._step))
+        record(self._job.run_dir / "samples.jsonl", rows)
+        if self._part:
+            record(self._part, [{"number": first + i, **row} for i, row in enumerate(rows)])
+        for number, row in enumerate(rows if show else (), start=1):
+            say(f"--- sample {number} of {len(rows)} (step {self._step:,}) ---")
+            say(f"{row['prompt']}{row['text']}")
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if self._part and self._final and self._here and kind is None:
+            os.replace(self._part, self._final)
+            say(f"written: {self._final}")
+
+
+def _rows(prompts: list[str], found: list[list[Completion]], step: int) -> Iterator[dict[str, Any]]:
+    for prompt, completions in zip(prompts, found, strict=True):
+        for text in completions:
+            about = {"tokens": len(text.tokens), "finish": text.finish, "logprob": sum(text.logprobs)}
+            yield {"step": step, "prompt": prompt, "text": text.text, **about}
+
+
+def record(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Append JSON lines."""
+    with open(file, "a", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _converse(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker | None, signals: Signals) -> None:
+    """Continue every line that is typed, until the input ends."""
+    sampling, number = Sampling.of(job.config.generate, job.config.seed), 0
+    if line:
+        line.show(f"step {writer.step:,}; type the beginning of a text, Ctrl-D ends\n")
+    while (prompt := _next_prompt(topology, line, signals)) is not None:
+        tokens = writer.encode(prompt)
+        if not 0 < len(tokens) <= writer.positions:
+            if line:
+                line.show(f"that is {len(tokens):,} tokens; from 1 to {writer.positions:,} can be continued\n")
+            continue
+        if line and sampling.num_beams == sampling.num_return_sequences == 1:
+            line.show(prompt)
+        asked = Sampling(**{**vars(sampling), "seed": sampling.seed + number})  # the same line again: another text
+        number += 1
+        on_piece = _Shown(line)
+        found = writer.write([tokens], asked, on_piece, lambda: not _stopped(topology, signals))
+        if line:
+            shown = "" if on_piece.shown else "\n".join(f"{prompt}{text.text}" for text in found[0])
+            line.show(f"{shown}\n\n")
+            record(job.run_dir / "samples.jsonl", list(_rows([prompt], found, writer.step)))
+
+
+class _Shown:
+    """Shows pieces of the first text; of several texts they would be mixed up."""
+
+    def __init__(self, line: talk.Worker | None) -> None:
+        self._line = line
+        self.shown = False
+
+    def __call__(self, piece: Piece) -> None:
+        heartbeat.beat(piece.tokens, "generate")
+        if self._line and piece.sequence == 0:
+            self.shown = True
+            self._line.show(piece.text)
+
+
+def _stopped(topology: Topology, signals: Signals) -> bool:
+    """Whether a signal has come to the first rank: ranks that work together stop together."""
+    return bool(stages.from_first(topology, bool(signals.received)))
+
+
+def _next_prompt(topology: Topology, line: talk.Worker | None, signals: Signals) -> str | None:
+    """What is typed next, on all ranks; None at the end."""
+    if line:
+        line.ask("> ")
+    while True:
+        heartbeat.beat(0, "wait for a prompt")
+        heard: dict[str, Any] | None = None
+        if line:
+            heard = {"line": None} if signals.received else line.answer(IDLE_SECONDS if topology.hcg else 0.5)
+        heard = stages.from_first(topology, heard)
+        if heard is not None:
+            found: str | None = heard["line"]
+            if line and found is None:
+                line.show("\n")
+            if found != "":
+                return found
+            if line:
+                line.ask("> ")
 
 
 def sample_text(job: Job, engine: Engine, step: int) -> None:
@@ -40,77 +197,13 @@ def sample_text(job: Job, engine: Engine, step: int) -> None:
     if job.data.tokenizer is None:
         say("no sample: the data has no tokenizer (data.tokenizer=.../tokenizer.json)")
         return
-    texts = continuations(job, engine, Path(job.data.tokenizer))
-    _record(job, step, texts)
-    say(f"--- sample (step {step:,}) ---\n{job.config.generate.prompt}{texts[0]}\n---")
-
-
-def _record(job: Job, step: int, texts: list[str]) -> None:
-    with open(job.run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
-        for text in texts:
-            row = {"step": step, "prompt": job.config.generate.prompt, "text": text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def continuations(job: Job, engine: Engine, vocabulary: Path) -> list[str]:
-    """Texts that follow the prompt, up to end-of-text or ``generate.max_new_tokens`` tokens."""
-    encoder = tokenizer.open_encoder(vocabulary)
     settings = job.config.generate
-    prompt = encoder.encode(settings.prompt).tolist()
-    rows = generate(engine.model, prompt, settings, job.config.seed, encoder.eot)
-    return [encoder.decode(row) for row in rows]
-
-
-def generate(model: GPT, prompt: list[int], settings: Generate, seed: int, eot: int | None) -> list[list[int]]:
-    """New tokens of ``settings.num_samples`` independent continuations, end-of-text not included.
-
-    When the model's positions are used up, it goes on from the last half of the text.
-    """
-    model.eval()
-    positions = model.config.model.positions
-    rngs = [np.random.default_rng(derive_seed(seed, "sample", i)) for i in range(settings.num_samples)]
-    rows = [list(prompt) for _ in rngs]
-    done = [False] * len(rows)
-    new, cache = [row[-positions:] for row in rows], None
-    for _ in range(settings.max_new_tokens):
-        if cache is not None and cache[0][0].shape[1] + 1 > positions:
-            new, cache = [row[-(positions // 2 or 1) :] for row in rows], None
-        with paddle.no_grad():
-            logits_BV, cache = model.step(paddle.to_tensor(np.array(new, dtype=np.int64)), cache)
-        host_BV = logits_BV.astype("float32").numpy()
-        new = []
-        for i, rng in enumerate(rngs):
-            token = choose(host_BV[i], settings, rng)
-            done[i] = done[i] or token == eot
-            rows[i].append(token)
-            new.append([token])
-        if all(done):
-            break
-    return [_until(row[len(prompt) :], eot) for row in rows]
-
-
-def choose(logits_V: Array, settings: Generate, rng: np.random.Generator) -> int:
-    """Draw one token: temperature, then the top k (ties kept), then the smallest set of mass top p (Holtzman 2019).
-
-    Args:
-        logits_V: float32.
-        settings: temperature 0 takes the largest; top_k 0 and top_p 1 are off.
-        rng: advanced by one draw.
-    """
-    if settings.temperature == 0:
-        return int(logits_V.argmax())
-    scaled: Any = logits_V.astype(np.float64) / settings.temperature
-    if 0 < settings.top_k < len(scaled):
-        scaled[scaled < np.partition(scaled, -settings.top_k)[-settings.top_k]] = -np.inf
-    probability = np.exp(scaled - scaled.max())
-    probability /= probability.sum()
-    if settings.top_p < 1:
-        order = np.argsort(-probability, kind="stable")
-        mass_before = np.cumsum(probability[order]) - probability[order]
-        probability[order[mass_before >= settings.top_p]] = 0.0
-        probability /= probability.sum()
-    return int(rng.choice(len(probability), p=probability))
-
-
-def _until(tokens: list[int], eot: int | None) -> list[int]:
-    return tokens[: tokens.index(eot)] if eot in tokens else tokens
+    writer = ModelWriter(engine.model, tokenizer.open_encoder(Path(job.data.tokenizer)), step)
+    prompt = writer.encode(settings.prompt)
+    if not 0 < len(prompt) <= writer.positions:
+        say(f"no sample: the prompt has {len(prompt):,} tokens, the model {writer.positions:,} positions")
+        return
+    sampling = Sampling.of(settings, job.config.seed)
+    rows = list(_rows([settings.prompt], writer.write([prompt], sampling), step))
+    record(job.run_dir / "samples.jsonl", rows)
+    say(f"--- sample (step {step:,}) ---\n{settings.prompt}{rows[0]['text']}\n---")

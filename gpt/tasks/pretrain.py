@@ -8,7 +8,8 @@ from signal import Signals as Signal
 from typing import Any
 
 from gpt import checkpoint, guard, heartbeat, log, saving
-from gpt.config import Split, UserError, global_batch_size, one_rank, plain, world_size
+from gpt.config import UserError, global_batch_size, one_rank, plain, world_size
+from gpt.config_text import Split
 from gpt.data.samples import Samples
 from gpt.engine import Engine
 from gpt.files import write_json

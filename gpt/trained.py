@@ -1,0 +1,95 @@
+"""What ``checkpoint=`` names, and the job of a task that reads it. No Paddle here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gpt import rules, runs
+from gpt.config import Config, Parallel, Task, UserError, replicas, typed
+from gpt.data.corpus import Prepared
+from gpt.runs import Job
+
+# The command says these, whatever the run was trained with.
+ASKED = ("task", "seed", "evaluate", "generate", "serve", "cluster", "precision")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a single checkpoint."""
+    return (path / "state.json").is_file()
+
+
+def home(named: Path) -> Path:
+    """Where a task on ``checkpoint=named`` keeps its logs and results: the run, or if it is not ours a folder of ours.
+
+    Example:
+        >>> home(Path("somewhere/gpt2"))
+        PosixPath('outputs/from_gpt2')
+    """
+    run = named
+    if is_checkpoint(named) and named.resolve().parent.name == "checkpoints":
+        run = named.resolve().parent.parent
+    if (run / "job.json").is_file() and os.access(run, os.W_OK):
+        return run
+    return Path("outputs") / f"from_{run.resolve().name}"
+
+
+def job(config: Config, run_dir: Path) -> Job:
+    """The trained job, with what this command asks for put in.
+
+    Args:
+        config: of the command.
+        run_dir: where logs go; also the run, unless ``config.checkpoint`` names another.
+
+    Raises:
+        UserError: there is nothing trained, or it cannot be shared out as asked.
+    """
+    source = Path(config.checkpoint) if config.checkpoint else run_dir
+    stored = _stored(source, run_dir, named=config.checkpoint is not None)
+    asked = stored.config
+    for name in ASKED:
+        setattr(asked, name, getattr(config, name))
+    asked.checkpoint = str(source.resolve())
+    asked.parallel = _for_inference(config.parallel)
+    micro = asked.trainer.micro_batch_size or 1
+    asked.trainer.micro_batch_size = micro
+    asked.trainer.global_batch_size = micro * replicas(asked) * asked.parallel.pp_degree
+    if problems := rules.rule_problems(asked):
+        raise UserError.of(problems)
+    return stored
+
+
+def _stored(source: Path, run_dir: Path, *, named: bool) -> Job:
+    if is_checkpoint(source):
+        try:
+            state = json.loads((source / "state.json").read_text(encoding="utf-8"))
+            return Job(typed(state["config"]), Prepared.from_plain(state["data"]), run_dir, [])
+        except Exception as error:
+            raise UserError(f"{source}: not a checkpoint of this version ({type(error).__name__}: {error})") from error
+    if named and not (source / "job.json").is_file():
+        what = "no such folder" if not source.exists() else "neither a run (job.json) nor a checkpoint (state.json)"
+        there = sorted(path.parent.as_posix() for path in Path("outputs").glob("*/job.json"))
+        raise UserError(f"checkpoint={source}: {what}" + (f"; runs here: {', '.join(there)}" if there else ""))
+    stored = Job.read(source)
+    if not runs.checkpoint_steps(source):
+        raise UserError(f"{source}: no checkpoint yet; train first (the same command without task=)")
+    return Job(stored.config, stored.data, run_dir, stored.command)
+
+
+def vocabulary(job: Job) -> Path | None:
+    """The tokenizer of the checkpoint that will be read, or of the newest of a run; a worker looks closer."""
+    source = Path(str(job.config.checkpoint))
+    if not is_checkpoint(source):
+        source = source / "checkpoints" / f"step_{runs.checkpoint_steps(source)[-1]:08d}"
+    return next(iter(source.glob("tokenizer.*")), None)
+
+
+def _for_inference(parallel: Parallel) -> Parallel:
+    """The degrees as far as they matter without gradients: sharding ranks are replicas with whole weights."""
+    return Parallel(parallel.dp_degree, parallel.sharding_degree, 1, parallel.mp_degree, parallel.pp_degree, 1, False)
+
+
+def reads_one(task: Task) -> bool:
+    """Whether the task works on what another one trained."""
+    return task in (Task.evaluate, Task.generate, Task.serve)
