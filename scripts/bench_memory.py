@@ -33,6 +33,10 @@ MODEL = [
 STAGED, BY_POSITION = "parallel.sharding_stage", "parallel.sequence_parallel=true"
 KINDS = ["core_attn", "full_attn", "full"]
 SHARDING4, MP4 = ["parallel=single", "parallel.sharding_degree=4"], ["parallel=single", "parallel.mp_degree=4"]
+OTHER = [
+    "model.hidden=256", "model.heads=16", "model.vocab=20000", "model.layers=4", "data.seq_len=512",
+    "model.positions=512", "trainer.micro_batch_size=2",
+]  # fmt: skip
 LAYOUTS = [
     *(["parallel=single", *kind] for kind in ([], *([f"model.recompute={kind}"] for kind in KINDS))),
     ["parallel=single", "model.dropout=0.1", "model.attention_dropout=0.1"],
@@ -49,6 +53,8 @@ LAYOUTS = [
     ["parallel=pp4", "parallel.virtual_pp_degree=2", "trainer.global_batch_size=4"],
     ["parallel=mp2_pp2"], ["parallel=mp2_pp2", BY_POSITION, "model.recompute=core_attn"],
     ["parallel=dp2_mp2_pp2"], ["parallel=sharding2_mp2_pp2"],
+    *([*layout, *OTHER] for layout in (["parallel=single"], ["parallel=single", "model.recompute=full"],
+                                       ["parallel=mp2"], ["parallel=pp2"], ["parallel=sharding2_stage3"])),
 ]  # fmt: skip
 STEPS = 2
 HEAD = [
@@ -85,9 +91,9 @@ def rows(layout: list[str]) -> list[tuple[str, float, float]]:
     """Of every stage its line of the table, and the errors of both predictions."""
     config = cli.job([*MODEL, *layout])
     found = rank_jobs.answers(__file__, config)
-    names = " ".join(
-        part.split("=", 1)[1] if part.startswith("parallel=") else part.split(".", 1)[1] for part in layout
-    )
+    shown = [part for part in layout if part not in OTHER]
+    names = " ".join(part.split("=", 1)[1] if part.startswith("parallel=") else part.split(".", 1)[1] for part in shown)
+    names += ", other shape" if OTHER[0] in layout else ""
     lines = []
     for stage, need in enumerate(footprint.stages(config)):
         here = [rank for rank in found if rank["stage"] == stage]
@@ -123,7 +129,7 @@ def main() -> None:
         f"{plan.parameters(config):,} parameters ({m.layers} layers, {m.hidden} wide, vocabulary {m.vocab:,}), "
         f"{global_batch_size(config)} samples of {config.data.seq_len} tokens in micro batches of "
         f"{config.trainer.micro_batch_size}, float32, no dropout, unless a row says otherwise; MiB on the fullest rank "
-        "of a stage.",
+        "of a stage. *Other shape*: 256 wide, 4 layers, 16 heads, vocabulary 20,000, samples of 512, micro batches of 2.",
         "",
         *HEAD,
         *(line for line, *_ in found),

@@ -18,7 +18,7 @@ from test_plan import DATA, GIB, laid_out, on
 from gpt import planning
 from gpt.config import Config, DType, Recompute, UserError, global_batch_size, world_size
 from gpt.console import Console
-from gpt.plan import cost, counts, footprint, search, tables, verdict
+from gpt.plan import cost, counts, devices, footprint, search, tables, verdict
 from gpt.rules import check, rule_problems
 
 Run = Callable[..., Ran]
@@ -84,6 +84,17 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(gpt_1b: Config) -> No
         changed = on(configured(["model=1.3b", "model.recompute=none", *DATA, *keys]), "v100_32", DType.fp16)
         assert search.fits(changed), keys
         assert global_batch_size(changed) == global_batch_size(alone)
+
+
+def test_every_named_change_is_legal_and_fits() -> None:
+    job = ["model=6.7b", "parallel=sharding16", "precision=fp16", "device=v100_16", *DATA]
+    base = on(configured(job), "v100_16", DType.fp16)
+    found = [verdict.changes(base, candidate) for candidate in search.candidates(base, 16)]
+    assert len(found) > 50
+    for keys in found[::40]:
+        changed = on(configured([*job, *keys]), "v100_16", DType.fp16)
+        assert search.fits(changed), keys
+        assert (world_size(changed), global_batch_size(changed)) == (16, 128), keys
 
 
 def test_where_no_layout_fits_more_devices_are_named(gpt_175b: Config) -> None:
@@ -197,6 +208,20 @@ def test_this_host_is_a_device_once_it_is_measured(monkeypatch: pytest.MonkeyPat
     assert two.exposed > alone.exposed == 0
     (tmp_path / "device_cpu.json").write_text("{")
     assert cost.cost(configured(["device=cpu"])) is None
+
+
+def test_calibration_measures_and_keeps_what_a_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from scripts import calibrate
+
+    monkeypatch.setenv("GPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "SIZE", 64)
+    monkeypatch.setattr(calibrate, "ELEMENTS", 1 << 12)
+    monkeypatch.setattr(calibrate, "run", lambda what, ranks: calibrate.compute() if ranks == 1 else {"link_gb_s": 2.0})
+    monkeypatch.setattr("sys.argv", ["calibrate.py"])
+    calibrate.main()
+    assert all((devices.calibrated(key) or 0) > 0 for key in devices.CALIBRATION)
+    assert devices.calibrated("link_gb_s") == 2.0
+    assert cost.cost(configured(["device=cpu"])) is not None
 
 
 @pytest.mark.parametrize("width", [80, 160])

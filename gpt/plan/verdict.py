@@ -113,7 +113,8 @@ def _changes(old: Config, new: Config) -> Iterator[str]:
         was, now = (getattr(job.parallel, f"{key}_degree") for job in (old, new))
         if was != now:
             yield f"parallel.{key}_degree={now}"
-    if new.parallel.sharding_degree > 1 and old.parallel.sharding_stage != new.parallel.sharding_stage:
+    matters = new.parallel.sharding_degree > 1 or new.parallel.pp_degree > 1  # a pipeline refuses stages 2 and 3
+    if matters and old.parallel.sharding_stage != new.parallel.sharding_stage:
         yield f"parallel.sharding_stage={new.parallel.sharding_stage}"
     if old.parallel.sequence_parallel != new.parallel.sequence_parallel:
         yield f"parallel.sequence_parallel={str(new.parallel.sequence_parallel).lower()}"
