@@ -129,7 +129,7 @@ def main() -> None:
         f"{plan.parameters(config):,} parameters ({m.layers} layers, {m.hidden} wide, vocabulary {m.vocab:,}), "
         f"{global_batch_size(config)} samples of {config.data.seq_len} tokens in micro batches of "
         f"{config.trainer.micro_batch_size}, float32, no dropout, unless a row says otherwise; MiB on the fullest rank "
-        "of a stage. *Other shape*: 256 wide, 4 layers, 16 heads, vocabulary 20,000, samples of 512, micro batches of 2.",
+        "of a stage. *Other shape*: 256 wide, 4 layers, 16 heads, vocabulary 20,000, micro batches of 2 x 512 tokens.",
         "",
         *HEAD,
         *(line for line, *_ in found),
