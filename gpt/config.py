@@ -13,9 +13,11 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from gpt.config_evaluate import Evaluate
 from gpt.config_plan import DeviceSpec, Plan
 from gpt.config_prepare import Prepare
-from gpt.config_text import Evaluate, Generate, Serve
+from gpt.config_text import Generate, Serve
+from gpt.config_weights import Export, ImportWeights
 
 
 class UserError(Exception):
@@ -42,6 +44,8 @@ class Task(Enum):
     serve = "serve"
     plan = "plan"
     prepare = "prepare"
+    import_weights = "import_weights"
+    export = "export"
 
 
 class Recompute(Enum):
@@ -265,6 +269,8 @@ class Config:
     serve: Serve = field(default_factory=Serve)
     prepare: Prepare = field(default_factory=Prepare)
     plan: Plan = field(default_factory=Plan)
+    import_weights: ImportWeights = field(default_factory=ImportWeights)
+    export: Export = field(default_factory=Export)
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
     device: DeviceSpec = field(default_factory=DeviceSpec)

@@ -1,4 +1,4 @@
-"""The schema of what a trained model does: ``task=evaluate``, ``generate`` and ``serve``; see ``gpt.config``."""
+"""The schema of what a trained model does: ``task=generate`` and ``serve``; see ``gpt.config``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,6 @@ class Split(Enum):
     train = "train"
     val = "val"
     test = "test"
-
-
-@dataclass
-class Evaluate:
-    """Of ``task=evaluate``."""
-
-    split: Split = MISSING
-    max_batches: int | None = None
 
 
 @dataclass
@@ -51,4 +43,10 @@ class Serve:
     """Of ``task=serve``."""
 
     host: str = MISSING
-    port: int = MISSING
+    port: int = MISSING  # 0: any that is free
+    api_key_env: str | None = None  # name of the environment variable with the key that clients must send
+    queue: int = MISSING  # requests that may wait while another one is answered
+    queue_seconds: float = MISSING  # how long one may wait
+    max_body: int = MISSING  # bytes of a request
+    max_texts: int = MISSING  # prompts x texts (or beams) of a request
+    max_tokens: int | None = None  # new tokens of a text; null: as many as the model has positions

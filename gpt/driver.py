@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gpt import heartbeat, plan, planning, runs, talk, trained
+from gpt import evaluation, heartbeat, plan, planning, rules, runs, talk, trained
 from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
@@ -22,7 +22,8 @@ from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
 from gpt.plan import devices
 from gpt.runs import Job
-from gpt.text import prompts
+from gpt.text import listen, prompts
+from gpt.weights import exporting, importing
 from launchers import group, host, local, places, roles
 from launchers.ending import Outcome
 from launchers.places import Place
@@ -51,14 +52,24 @@ def gate(config: Config, run_dir: Path) -> None:
         if problems := build.check(config):
             raise UserError.of(problems)
         return
+    if config.task is Task.import_weights:
+        if problems := importing.check(config):
+            raise UserError.of(problems)
+        return
     job = trained.job(config, run_dir) if trained.reads_one(config.task) else None
     role, ranks = group.hub().role, world_size(config)
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
     if config.task is Task.pretrain:
-        problems += corpus.check(config) + runs.conflicts(run_dir, config)
+        problems += corpus.check(config) + runs.conflicts(run_dir, config) + trained.start_problems(config)
     if job and config.task is Task.generate:
         problems += prompts.check(job.config, trained.vocabulary(job))
+    if job and config.task is Task.serve:
+        problems += listen.problems(config.serve) + ([] if trained.vocabulary(job) else [prompts.NO_TEXT])
+    if job and config.task is Task.evaluate:
+        problems += evaluation.problems(job)
+    if config.task is Task.export:
+        problems += exporting.check(config)
     if problems:
         raise UserError.of(problems)
 
@@ -78,6 +89,9 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         return None
     if config.task is Task.prepare:
         _prepare(config, console)
+        return None
+    if config.task is Task.import_weights:
+        _import_weights(config, console)
         return None
     config.cluster.device = host.resolve_device(config)
     if config.task is not Task.pretrain:
@@ -111,8 +125,18 @@ def _prepare(config: Config, console: Console) -> None:
     console.next_commands([(f"python -m gpt.main data=tokens data.path={prefix}{fit}", "train on it")])
 
 
+def _import_weights(config: Config, console: Console) -> None:
+    console.table("imported", importing.run(config, console.warn))
+    checkpoint = f"checkpoint={shlex.quote(str(config.import_weights.output))}"
+    console.next_commands([(f"python -m gpt.main task=generate {checkpoint}", "continue a prompt")])
+
+
 def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:
     data = corpus.prepare(config, console.note)
+    if config.checkpoint:
+        if remark := trained.same_tokenizer(config, data):
+            console.warn(remark)
+        config.checkpoint = str(Path(config.checkpoint).resolve())  # for ranks elsewhere, and for the record
     for split in (Split.train, Split.val):
         if config.data.split[list(Split).index(split)] > 0:
             Samples(config, data, split)  # a split too small for a sample is an error before anything is started
@@ -135,17 +159,41 @@ def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Cons
 
 def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console: Console) -> None:
     job = trained.job(config, run_dir)
-    if any(o.lstrip("+").startswith(("data=", "data.")) for o in overrides):
-        problems = corpus.check(config)
-        if problems:
-            raise UserError.of(problems)
-        job = dataclasses.replace(job, data=corpus.prepare(config, console.note))
-        job.config.data = config.data
+    named = [o.lstrip("+").split("=")[0] for o in overrides]
+    if any(key == "data" or key.startswith("data.") for key in named):
+        kept = {"seq_len", "vocab"} - {key.removeprefix("data.") for key in named}
+        job = _on_other_data(job, config, console, kept)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     prompts.hand_over(job.config, run_dir / "logs")
     file = run_dir / "logs" / f"{config.task.value}.json"
     dataclasses.replace(job, command=_command(overrides)).write(file)
+    before = evaluation.read(run_dir)
     _launch(job, file, console, None)
+    for name, record in evaluation.read(run_dir).items():
+        if config.task is Task.evaluate and record != before.get(name):
+            console.table(name, list(evaluation.rows(record)))
+
+
+def _on_other_data(job: Job, config: Config, console: Console, kept: set[str]) -> Job:
+    """The trained job on the data that the command names, but for the keys ``kept``, which go with the model.
+
+    Raises:
+        UserError: not for this model.
+    """
+    for key in kept:
+        setattr(config.data, key, getattr(job.config.data, key))
+    job.config.data = config.data
+    problems = rules.rule_problems(job.config) + corpus.check(job.config)
+    problems += evaluation.problems(job) if config.task is Task.evaluate else []
+    if problems:
+        raise UserError.of(problems)
+    data = corpus.prepare(job.config, console.note)
+    if data.tokenizer_digest and job.data.tokenizer_digest and data.tokenizer_digest != job.data.tokenizer_digest:
+        raise UserError(
+            "this data is of another tokenizer than the model, whose loss on it means nothing: "
+            "evaluate.kind=text evaluate.path=... tokenises a text as the model wants it"
+        )
+    return dataclasses.replace(job, data=data)
 
 
 @contextmanager

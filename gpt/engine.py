@@ -206,22 +206,22 @@ class Engine:
         return model, optimizer, rest
 
     def load(self, model: Source, slots: Source | None, rest: dict[str, Any]) -> None:
-        """Take over this rank's slices of a checkpoint; without ``slots`` the parameters only.
+        """Take over this rank's slices of a checkpoint; without ``slots`` the parameters only: moments start at 0.
 
         Raises:
             ValueError: names or shapes are not those of this model.
         """
         shapes = parameter_shapes(self.config)
         whole.require_same(model.shapes, shapes)
-        keep_master = slots is not None and self.keeps_master
+        keep_master = self.training and self.keeps_master
         master = {}
         for name, p in self.resident.items():
             value = whole.own_slice(self.topology, p, model, name)
             p.set_value(paddle.to_tensor(value).astype(p.dtype))
             if keep_master and name in self.owned:
                 master[name] = value
-        if slots is not None:
-            own = whole.own_slots(self.topology, self.owned, slots, shapes)
+        if slots is not None or keep_master:
+            own = whole.own_slots(self.topology, self.owned, slots, shapes) if slots is not None else {}
             optim.restore(self.optimizer, self.owned, own, master)
         if self.loss_scale and rest.get("loss_scale"):
             self.loss_scale = optim.LossScale(**rest["loss_scale"])

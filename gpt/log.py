@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -95,27 +96,10 @@ class WandbSink:
 
         self._wandb = wandb
         settings = job.config.logger.wandb
-        self._run = self._start(job, settings, self._mode(settings))
+        self._run = self._start(job, settings, wandb_mode(settings))
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
         self._run.define_metric("val/loss", step_metric="tokens", summary="min")
-
-    def _mode(self, settings: Wandb) -> Any:
-        if settings.mode is not WandbMode.auto:
-            return settings.mode.value
-        if os.environ.get("WANDB_MODE"):
-            return os.environ["WANDB_MODE"]
-        return "online" if os.environ.get("WANDB_API_KEY") or self._key_on_file() else "offline"
-
-    @staticmethod
-    def _key_on_file() -> bool:
-        import netrc
-
-        try:
-            path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-            return netrc.netrc(str(path)).authenticators("api.wandb.ai") is not None
-        except (OSError, netrc.NetrcParseError):
-            return False
 
     def _start(self, job: Job, settings: Wandb, mode: Any) -> Any:
         config = job.config
@@ -166,6 +150,25 @@ class WandbSink:
             print(f"WARNING: W&B: {error}", file=sys.stderr)
 
 
+def wandb_mode(settings: Wandb) -> Any:
+    """How to reach W&B now."""
+    if settings.mode is not WandbMode.auto:
+        return settings.mode.value
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    return "online" if os.environ.get("WANDB_API_KEY") or _key_on_file() else "offline"
+
+
+def _key_on_file() -> bool:
+    import netrc
+
+    try:
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+        return netrc.netrc(str(path)).authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
 def run_id(run_dir: Path) -> str:
     """The run's W&B id: made once, kept in the run directory."""
     path = run_dir / "wandb_id"
@@ -183,3 +186,49 @@ def sinks(job: Job) -> tuple[Jsonl, list[Sink]]:
     if job.config.logger.tensorboard:
         everywhere.append(TensorBoard(job.run_dir))
     return jsonl, everywhere
+
+
+def summarise(job: Job, step: int, name: str, figures: Record) -> None:
+    """The numbers of an evaluation of the checkpoint of ``step``, as ``eval/<name>/...``; never raises."""
+    short = re.sub(r"\S*/", "", name)
+    numbers = {f"eval/{short}/{key}": value for key, value in figures.items() if isinstance(value, int | float)}
+    if job.config.logger.tensorboard:
+        board = TensorBoard(job.run_dir)
+        board.write({"step": step, **numbers})
+        board.close("done", 0)
+    settings = job.config.logger.wandb
+    if settings.enabled and settings.mode is not WandbMode.disabled:
+        try:
+            _wandb_summary(job, settings, {**numbers, f"eval/{short}/step": step})
+        except Exception as error:
+            print(f"WARNING: W&B: {error}", file=sys.stderr)
+
+
+def _wandb_summary(job: Job, settings: Wandb, numbers: Record) -> None:
+    """Into the run of the training where it can be opened again, which is online; else into a run of its own."""
+    import wandb
+
+    mode = wandb_mode(settings)
+    where: dict[str, Any] = {"project": settings.project, "entity": settings.entity, "dir": str(job.run_dir)}
+    quiet = wandb.Settings(console="off", init_timeout=settings.init_timeout, silent=True)
+    run = None
+    if mode == "online" and (job.run_dir / "wandb_id").exists():
+        try:
+            run = wandb.init(mode=mode, settings=quiet, id=run_id(job.run_dir), resume="must", **where)
+        except Exception as error:
+            say(f"W&B: the run of the training cannot be opened ({error}); the evaluation gets one of its own")
+            mode = mode if settings.mode is WandbMode.online else "offline"
+    if run is None:
+        about = {**plain(job.config), "command": " ".join(job.command), "versions": versions(), "git": git_revision()}
+        run = wandb.init(
+            mode=mode,
+            settings=quiet,
+            name=f"{job.run_dir.name} evaluate",
+            group=settings.group or job.run_dir.name,
+            job_type=job.config.task.value,
+            tags=[job.config.model.name, *job.config.tags],
+            config=about,
+            **where,
+        )
+    run.summary.update(numbers)
+    run.finish()

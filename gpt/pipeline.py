@@ -18,6 +18,7 @@ from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, Sha
 from gpt import ops
 from gpt.config import Config, padded_vocab
 from gpt.model import Block, initialise
+from gpt.scores import head_scores
 from gpt.topology import Topology
 
 Micro = tuple[Tensor, tuple[Tensor, Tensor]]  # tokens BT; labels BT and the weights BT of their losses
@@ -96,6 +97,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         self.config = config
         self.topology = topology
         self.loss_sum = 0.0  # of what the schedule has run, on the last stage
+        self._scored: list[tuple[Tensor, Tensor]] | None = None  # None: the loss is wanted, not every token's
         self._step: tuple[Any, ...] = ()
         self._begun: Counter[int] = Counter()  # micro batches of the step, by virtual stage
         self.schedule = [fleet.distributed_model(self)]  # in a list: it holds this layer, not the other way round
@@ -130,6 +132,10 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         m = self.config.model
         table_VH = self.shared_layers["word"].weight
         x_MH = x_BTH.reshape([-1, m.hidden])
+        if self._scored is not None:
+            found = head_scores(self.topology, x_MH, table_VH, labels_BT.flatten(), m.vocab)
+            self._scored.append((found[0].reshape(labels_BT.shape), found[1].reshape(labels_BT.shape)))
+            return weight_BT.sum()
         loss = self.topology.head_loss(x_MH, table_VH, labels_BT.flatten(), weight_BT.flatten(), m.vocab, m.loss_chunk)
         self.loss_sum += loss.item()
         return loss
@@ -153,3 +159,16 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         self.loss_sum = 0.0
         self.schedule[0].eval_batch(iter(micros), compute_loss=True)
         return self.loss_sum
+
+    def scores(self, micros: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """``gpt.scores.head_scores`` of ``accumulate_steps`` inputs and labels BT, which only the last stage knows.
+
+        All have one shape, which may differ from call to call.
+        """
+        self._scored = []
+        (schedule,) = self.schedule
+        unused = paddle.zeros([1], dtype="float32")
+        schedule.eval_batch(iter([(inputs, (labels, unused)) for inputs, labels in micros]), compute_loss=True)
+        schedule._p2p_helper.clear_meta_cache()  # the shapes that the stages told each other
+        found, self._scored = self._scored, None
+        return found

@@ -25,11 +25,15 @@ from gpt.config import (
     micro_batch_size,
     replicas,
 )
+from gpt.config_evaluate import Detokenizer, EvaluateKind
 from gpt.config_prepare import DocumentRule
 from gpt.rules_plan import plan_problems
 from gpt.text.request import Sampling
 
-NO_GROUPS = ("seed", "tags", "notes", "checkpoint", "prompt", "evaluate", "generate", "serve", "prepare", "plan")
+NO_GROUPS = (
+    "seed", "tags", "notes", "checkpoint", "prompt",
+    "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
+)  # fmt: skip
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
 
@@ -117,6 +121,8 @@ def rule_problems(config: Config) -> list[str]:
         *_data(config),
         *plan_problems(config),
         *(_prepare(config) if config.task is Task.prepare else ()),
+        *(_serve(config) if config.task is Task.serve else ()),
+        *(_evaluate(config) if config.task is Task.evaluate else ()),
     ]
 
 
@@ -131,8 +137,10 @@ def _ranges(config: Config) -> Iterator[str]:
         "schedule.warmup_steps": 0, "schedule.decay_steps": 1, "schedule.min_lr": 0,
         "trainer.max_steps": 1, "trainer.micro_batch_size": 1, "trainer.global_batch_size": 1,
         "trainer.save_every": 0, "trainer.eval_every": 0, "trainer.eval_batches": 1,
-        "trainer.keep_checkpoints": 1, "trainer.log_every": 1, "evaluate.max_batches": 1,
-        "generate.batch_size": 1, "serve.port": 0, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
+        "trainer.keep_checkpoints": 1, "trainer.log_every": 1,
+        "evaluate.stride": 1, "evaluate.batch_size": 1, "evaluate.max_samples": 1,
+        "generate.batch_size": 1, "cluster.threads": 1, "cluster.hang_seconds": 0, "seed": 0,
+        "serve.port": 0, "serve.queue": 1, "serve.max_body": 1, "serve.max_texts": 1, "serve.max_tokens": 1,
         "prepare.min_length": 1, "prepare.limit": 1, "prepare.workers": 1,
     }  # fmt: skip
     for key, low in at_least.items():
@@ -275,6 +283,35 @@ def _prepare(config: Config) -> Iterator[str]:
             re.compile(str(prepare.separator))
         except re.error as error:
             yield f"prepare.separator={prepare.separator}: not a regular expression ({error})"
+
+
+def _serve(config: Config) -> Iterator[str]:
+    if config.serve.port > 65535:
+        yield f"serve.port={config.serve.port}: at most 65535"
+    if not 0 < config.serve.queue_seconds < float("inf"):
+        yield f"serve.queue_seconds={config.serve.queue_seconds}: must be more than 0"
+    if replicas(config) > 1:
+        yield (
+            f"task=serve: parallel.dp_degree={config.parallel.dp_degree} and parallel.sharding_degree="
+            f"{config.parallel.sharding_degree} would make {replicas(config)} copies of the model that answer the same "
+            "request: start as many servers with other ports behind a balancer; mp and pp degrees share one model out"
+        )
+
+
+def _evaluate(config: Config) -> Iterator[str]:
+    """What does not depend on the trained run; the rest is in ``gpt.evaluation``."""
+    evaluate, kind = config.evaluate, config.evaluate.kind
+    if kind is EvaluateKind.split and evaluate.path is not None:
+        yield (
+            f"evaluate.path={evaluate.path} goes with evaluate.kind=text or cloze; "
+            "the split of other token files: data=tokens data.path=..."
+        )
+    if kind is not EvaluateKind.split and not evaluate.path:
+        yield f"evaluate.kind={kind.value} reads a file: name it with evaluate.path=..."
+    if kind is not EvaluateKind.text and evaluate.detokenizer is not Detokenizer.none:
+        yield f"evaluate.detokenizer={evaluate.detokenizer.value} goes with evaluate.kind=text, not {kind.value}"
+    if kind is EvaluateKind.cloze and evaluate.stride is not None:
+        yield f"evaluate.stride={evaluate.stride}: evaluate.kind=cloze has passages, not windows"
 
 
 def _nearest_divisor(of: int, near: int) -> int:

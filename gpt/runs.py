@@ -32,8 +32,8 @@ from gpt.files import write_json
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
 LAUNCH_ONLY = (
-    "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "plan", "logger", "cluster",
-    "device",
+    "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
+    "logger", "cluster", "device",
     "trainer.resume", "trainer.log_every", "data.cache_dir",
 )  # fmt: skip
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from gpt import slices
 from gpt.checkpoint import FORMAT, KINDS, file_of, folder_of
-from gpt.files import TEMPORARY, remove_directory, remove_leftovers, sync_directory
+from gpt.files import TEMPORARY, atomic_directory, remove_directory, remove_leftovers, sync_directory
 from gpt.runs import checkpoint_steps
 from gpt.whole import Pieces
 
@@ -180,6 +180,19 @@ def _complete(folder: Path, part: Part, reports: list[dict[str, Any]]) -> None:
     for rank in range(len(reports)):
         _report_of(folder, rank).unlink(missing_ok=True)
     sync_directory(folder)
+
+
+def write_alone(path: Path, part: Part) -> None:
+    """Write a checkpoint of one rank that belongs to no run, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or gone; nothing is left.
+    """
+    with atomic_directory(path) as folder:
+        own = write_part(folder, part, rank=0, ranks=1)
+        if "error" in own:
+            raise OSError(own["error"])
+        _complete(folder, part, [own])
 
 
 def _flushed(path: Path) -> slices.Facts:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from gpt import rules, runs
 from gpt.config import Config, Parallel, Task, UserError, replicas, typed
+from gpt.data import vocabularies
 from gpt.data.corpus import Prepared
 from gpt.runs import Job
 
 # The command says these, whatever the run was trained with.
-ASKED = ("task", "seed", "evaluate", "generate", "serve", "cluster", "precision")
+ASKED = ("task", "seed", "evaluate", "generate", "serve", "export", "logger", "cluster", "precision")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -77,9 +78,48 @@ def _stored(source: Path, run_dir: Path, *, named: bool) -> Job:
     return Job(stored.config, stored.data, run_dir, stored.command)
 
 
+def start_problems(config: Config) -> list[str]:
+    """What keeps a new run from starting with the weights that ``checkpoint=`` names."""
+    if config.checkpoint is None:
+        return []
+    source = Path(config.checkpoint)
+    try:
+        there = _stored(source, source, named=True).config.model
+    except UserError as error:
+        return [str(error)]
+    pairs = {key: (getattr(there, key), getattr(config.model, key)) for key in (*runs.SHAPE_KEYS, "layer_norm_eps")}
+    differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    if not differing:
+        return []
+    said = ", ".join(f"model.{key} is {was} there and {now} here" for key, (was, now) in differing.items())
+    remedy = " ".join(f"model.{key}={was}" for key, (was, _) in differing.items())
+    return [f"checkpoint={source}: weights of another model: {said}: add {remedy}"]
+
+
+def same_tokenizer(config: Config, data: Prepared) -> str | None:
+    """Compare the data's tokenizer with that of the weights to start from; a remark if it cannot be known.
+
+    Raises:
+        UserError: they number tokens differently.
+    """
+    there = _vocabulary(Path(str(config.checkpoint)))
+    if there is None or data.tokenizer is None:
+        which = "the data" if there else "the checkpoint"
+        return f"{which} has no tokenizer: whether both number tokens in the same way is not known"
+    if not vocabularies.same(there, Path(data.tokenizer)):
+        raise UserError(
+            f"the data is in tokens of {data.tokenizer}, the weights of checkpoint={config.checkpoint} are of another "
+            f"tokenizer: prepare the text with it (task=prepare prepare.tokenizer={there}) and train on that"
+        )
+    return None
+
+
 def vocabulary(job: Job) -> Path | None:
     """The tokenizer of the checkpoint that will be read, or of the newest of a run; a worker looks closer."""
-    source = Path(str(job.config.checkpoint))
+    return _vocabulary(Path(str(job.config.checkpoint)))
+
+
+def _vocabulary(source: Path) -> Path | None:
     if not is_checkpoint(source):
         source = source / "checkpoints" / f"step_{runs.checkpoint_steps(source)[-1]:08d}"
     return next(iter(source.glob("tokenizer.*")), None)
@@ -92,4 +132,4 @@ def _for_inference(parallel: Parallel) -> Parallel:
 
 def reads_one(task: Task) -> bool:
     """Whether the task works on what another one trained."""
-    return task in (Task.evaluate, Task.generate, Task.serve)
+    return task in (Task.evaluate, Task.generate, Task.serve, Task.export)

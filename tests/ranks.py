@@ -8,7 +8,7 @@ from typing import Any
 
 import paddle
 
-from gpt import checkpoint, saving, slices
+from gpt import checkpoint, measure, saving, slices
 from gpt.config import typed, world_size
 from gpt.config_text import Split
 from gpt.data.corpus import Prepared
@@ -149,3 +149,12 @@ def write(config: dict[str, Any], prompts: list[str], size: int) -> list[list[st
     writer, sampling = ModelWriter.of(job, topology), Sampling.of(job.config.generate, job.config.seed)
     batches = in_batches(writer, topology, prompts, sampling, size, lambda piece: None, lambda: True)
     return [[text.text for text in texts] for batch in batches for texts in batch]
+
+
+def measured(config: dict[str, Any]) -> list[dict[str, float]]:
+    """The sums over what ``tests/test_evaluate.py`` measures, as every rank knows them."""
+    from test_evaluate import SENTENCES, TOKENS
+
+    job = typed(config)
+    engine = Engine(job, Topology.connect(job))
+    return [vars(measure.sums(engine, rows, 2)) for rows in (TOKENS, SENTENCES)]

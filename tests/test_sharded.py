@@ -11,6 +11,9 @@ import pytest
 from conftest import ROOT, Ran, metrics
 
 from gpt import runs
+from gpt.config_text import Split
+from gpt.data.samples import Samples
+from gpt.runs import Job
 
 pytestmark = pytest.mark.slow
 
@@ -59,9 +62,11 @@ def test_other_tasks_read_what_eight_ranks_wrote(gpt: Callable[..., Ran], small:
     ran = gpt(*every, "parallel=dp2_mp2_pp2", where)
     assert ran.code == 0, ran.text
     assert "--- sample (step 4) ---" in ran.out
-    ran = gpt("task=evaluate", where, "evaluate.split=val", "cluster.device=cpu")
+    job = Job.read(tmp_path / "run")
+    samples = len(Samples(job.config, job.data, Split.val, shuffled=False))  # whole windows, as in training
+    ran = gpt("task=evaluate", where, "evaluate.split=val", f"evaluate.max_samples={samples}", "cluster.device=cpu")
     assert ran.code == 0, ran.text
-    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["val split"]
     assert found["loss"] == pytest.approx(metrics(tmp_path / "run")[-1]["val/loss"], rel=1e-6)
     ran = gpt("task=generate", where, "generate.max_new_tokens=3", "cluster.device=cpu")
     assert ran.code == 0, ran.text

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from gpt.config import UserError
 from gpt.data import download
@@ -62,6 +63,28 @@ def find(name: str, cache: Path) -> Path:
         f"tokenizer {name}: {folder} has no tokenizer.json, no .model, and neither vocab.json with merges.txt "
         f"nor encoder.json with vocab.bpe"
     )
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two tokenizer files number tokens in the same way, however they are written."""
+    if sha256(one) == sha256(other):
+        return True
+    try:
+        numbers, others = (_numbers(path) for path in (one, other))
+    except (ValueError, KeyError, TypeError, AttributeError):  # one of them is not JSON
+        return False
+    return numbers == others
+
+
+def _numbers(path: Path) -> list[Any]:
+    """What decides the numbers of a ``tokenizer.json``."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    model = whole["model"]
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    before = whole.get("pre_tokenizer") or {}
+    added = {token["content"]: token["id"] for token in whole.get("added_tokens") or []}
+    steps = (before.get("type"), bool(before.get("add_prefix_space")), before.get("pretokenizers"))
+    return [model.get("type"), {**dict(model["vocab"]), **added}, merges, whole.get("normalizer"), steps]
 
 
 def _gpt2(cache: Path, address: str, *, ask_packages: bool) -> Path:

@@ -17,6 +17,14 @@ def run(job: Job, signals: Signals) -> int:
         from gpt.tasks import evaluate
 
         return evaluate.run(job)
+    if job.config.task is Task.serve:
+        from gpt.tasks import serve
+
+        return serve.run(job, signals)
+    if job.config.task is Task.export:
+        from gpt.tasks import export
+
+        return export.run(job)
     from gpt.tasks import generate
 
     return generate.run(job, signals)

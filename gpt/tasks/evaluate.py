@@ -1,41 +1,142 @@
-"""Measure: the loss of a run's newest checkpoint over a whole split."""
+"""Measure: what a checkpoint makes of a split, a text, or passages with a last word to find."""
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
+from typing import Any
 
-from gpt import checkpoint
-from gpt.config import global_batch_size
-from gpt.data.samples import Samples
+import numpy as np
+
+from gpt import checkpoint, evaluation, log, measure
+from gpt.config import UserError
+from gpt.config_evaluate import EvaluateKind
+from gpt.config_text import Split
+from gpt.data import passages, tokens, windows
+from gpt.data.tokenizer import Encoder, open_encoder
+from gpt.data.tokens import Array
+from gpt.data.windows import Endings, Rows, Windows
 from gpt.engine import Engine
-from gpt.files import write_json
 from gpt.log import say
-from gpt.meter import validation
+from gpt.measure import Sums
 from gpt.runs import Job
 from gpt.topology import Topology
 
 
 def run(job: Job) -> int:
-    """Print and write ``evaluation.json``; returns the exit code."""
-    config, split = job.config, job.config.evaluate.split
-    samples = Samples(config, job.data, split, shuffled=False)
+    """Write a record into ``evaluation.json``; returns the exit code. The driver shows it."""
+    config, kind = job.config, job.config.evaluate.kind
     topology = Topology.connect(config)
-    found = checkpoint.require(Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
+    found = checkpoint.require(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
     engine = Engine(config, topology, train=False)
     engine.load(found.model(), None, {})
 
-    every = -(-len(samples) // global_batch_size(config))
-    batches = min(config.evaluate.max_batches or every, every)
     began = time.perf_counter()
-    loss = engine.evaluate(samples, batches)
-    count = min(batches * global_batch_size(config), len(samples))
-    record = {"step": found.state["step"], "split": split.value, "samples": count}
-    record |= {key.removeprefix("val/"): value for key, value in validation(loss, job.data).items()}
-    record["tokens_per_second"] = count * config.data.seq_len / (time.perf_counter() - began)
+    own = job.data.fingerprint == found.state["data_fingerprint"]
+    if kind is EvaluateKind.split:
+        figures = _split(job, engine)
+    elif kind is EvaluateKind.text:
+        figures = _text(job, engine, _encoder(found))
+    else:
+        figures = _cloze(job, engine, _encoder(found))
+    figures["seconds"] = time.perf_counter() - began
 
-    if topology.rank > 0:
-        return 0
-    write_json(job.run_dir / "evaluation.json", record)
-    say("  ".join(f"{k} {v:,.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+    if topology.rank == 0:
+        key = evaluation.name(config.evaluate, None if own else " and ".join(Path(p.path).name for p in job.data.parts))
+        step = found.state["step"]
+        evaluation.write(job.run_dir, key, {"checkpoint": str(found.path), "step": step, **figures})
+        log.summarise(job, step, key, figures)
     return 0
+
+
+def _encoder(found: checkpoint.Checkpoint) -> Encoder:
+    if found.tokenizer is None:
+        raise UserError(
+            f"{found.path} has no tokenizer; train with data.tokenizer=.../tokenizer.json to measure on text"
+        )
+    return open_encoder(found.tokenizer)
+
+
+def _stride(job: Job) -> int:
+    return job.config.evaluate.stride or job.config.data.seq_len
+
+
+def _sums(job: Job, engine: Engine, rows: Rows) -> Sums:
+    evaluate = job.config.evaluate
+    return measure.sums(engine, rows, evaluate.batch_size, evaluate.max_samples)
+
+
+def _split(job: Job, engine: Engine) -> dict[str, Any]:
+    """Of token files: every set's windows, added up."""
+    data = job.config.data
+    number = list(Split).index(job.config.evaluate.split)
+    eot = job.data.eot_id if data.mask_eot else None
+    sets = [
+        windows.of_split(tokens.load(part.path), data.split, number, data.seq_len, _stride(job), eot)
+        for part in job.data.parts
+    ]
+    each = [_sums(job, engine, rows) for rows in sets]
+    total = sum(each[1:], each[0])
+    per_byte = 1 / job.data.bytes_per_token if job.data.bytes_per_token else None
+    record = _of_windows(job, total) | evaluation.language(total.loss, per_byte)
+    if len(each) > 1:
+        record |= {f"loss of {Path(p.path).name}": s.loss for p, s in zip(job.data.parts, each, strict=True)}
+    return record
+
+
+def _text(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
+    """Of raw text, whose documents are joined by end-of-text as in training."""
+    evaluate = job.config.evaluate
+    texts = passages.read(evaluate)
+    pieces: list[Array] = []
+    for text in texts:
+        pieces.append(encoder.encode(passages.detokenize(text, evaluate.detokenizer)).astype(np.int64))
+        if len(texts) > 1 and encoder.eot is not None:
+            pieces.append(np.array([encoder.eot]))
+    ids = np.concatenate(pieces)
+    masked = encoder.eot if len(texts) > 1 and job.config.data.mask_eot else None
+    rows = Windows(ids, 0, len(ids), job.config.data.seq_len, _stride(job), masked)
+    if not len(rows):
+        raise UserError(f"evaluate.path={evaluate.path}: {len(ids)} token(s), nothing to predict")
+    total = _sums(job, engine, rows)
+    words, size = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    return {
+        **_of_windows(job, total),
+        "detokenizer": evaluate.detokenizer.value,
+        "documents": len(texts),
+        "words": words,
+        "bytes": size,
+        **evaluation.of_text(total.loss, rows.counted(), words, size),
+    }
+
+
+def _cloze(job: Job, engine: Engine, encoder: Encoder) -> dict[str, Any]:
+    """How often each token of the last word is the most probable one, given all before it."""
+    evaluate, length = job.config.evaluate, job.config.data.seq_len
+    pairs = [passages.last_word(text) for text in passages.read(evaluate)]
+    contexts, words = ([encoder.encode(pair[part]).astype(np.int64) for pair in pairs] for part in (0, 1))
+    longest = max(len(word) for word in words)
+    if longest > length:
+        raise UserError(f"evaluate.path={evaluate.path}: a last word has {longest} tokens, the model reads {length}")
+    rows = Endings(contexts, words, length)
+    total = _sums(job, engine, rows)
+    return {
+        "passages": int(total.rows),
+        "cut_at_the_beginning": rows.cut,
+        "tokens": int(total.tokens),
+        "correct": int(total.rows_right),
+        "accuracy": total.rows_right / total.rows,
+        **evaluation.language(total.loss, None),
+        "word_perplexity": math.exp(min(total.nll / total.rows, evaluation.LARGEST)),
+    }
+
+
+def _of_windows(job: Job, total: Sums) -> dict[str, Any]:
+    return {
+        "windows": int(total.rows),
+        "seq_len": job.config.data.seq_len,
+        "stride": _stride(job),
+        "tokens": int(total.tokens),
+        "token_accuracy": total.right / max(total.tokens, 1.0),
+    }

@@ -201,11 +201,15 @@ class Session:
 def restore(job: Job, engine: Engine) -> int:
     """Load the newest sound checkpoint, if any; returns its step, or 0 for a fresh start.
 
+    A fresh start takes its weights from ``checkpoint=``, if that is given.
+
     Raises:
         UserError: the checkpoint is of another model or other data.
     """
     found = checkpoint.newest(job.run_dir, lambda line: say(f"WARNING: {line}"), engine.topology)
     if found is None:
+        if job.config.checkpoint:
+            _start(Path(job.config.checkpoint), engine)
         return 0
     if found.state["data_fingerprint"] != job.data.fingerprint:
         raise UserError(f"{found.path}: trained on other data; start afresh with trainer.resume=never")
@@ -215,3 +219,13 @@ def restore(job: Job, engine: Engine) -> int:
         raise UserError(f"{found.path}: {error}") from error
     say(f"resuming from {found.path.name}")
     return int(found.state["step"])
+
+
+def _start(source: Path, engine: Engine) -> None:
+    """Weights from elsewhere; moments, learning rate and data order are those of step 0."""
+    found = checkpoint.require(source, lambda line: say(f"WARNING: {line}"), engine.topology)
+    try:
+        engine.load(found.model(), None, {})
+    except ValueError as error:
+        raise UserError(f"{found.path}: {error}") from error
+    say(f"starting with the weights of {found.path} (its step {found.state['step']:,}), at step 0 with fresh moments")

@@ -48,8 +48,8 @@ def choose(logits_V: Array, sampling: Sampling, rng: np.random.Generator) -> int
     if 0 < sampling.top_k < len(logits_V):
         least = np.partition(logits_V, -sampling.top_k)[-sampling.top_k]
         candidates = np.flatnonzero(logits_V >= least)
-    scaled: Any = logits_V[candidates].astype(np.float64) / sampling.temperature
-    probability = np.exp(scaled - scaled.max())
+    some: Any = logits_V[candidates].astype(np.float64)
+    probability = np.exp((some - some.max()) / sampling.temperature)
     probability /= probability.sum()
     if sampling.top_p < 1:
         order = np.argsort(-probability, kind="stable")

@@ -11,6 +11,7 @@ from gpt.config import Config, UserError
 from gpt.config_text import Generate
 from gpt.data import tokenizer
 
+NO_TEXT = "the checkpoint has no tokenizer, so it has no text: train with data.tokenizer=.../tokenizer.json"
 SHOWN = 5  # bad prompts that a message names
 
 
@@ -23,7 +24,7 @@ def check(config: Config, vocabulary: Path | None) -> list[str]:
     """
     settings = config.generate
     if vocabulary is None:
-        return ["the checkpoint has no tokenizer, so it has no text: train with data.tokenizer=.../tokenizer.json"]
+        return [NO_TEXT]
     problems = list(_modes(config))
     if settings.output and Path(settings.output).exists():
         problems.append(f"generate.output={settings.output} exists: choose another name")

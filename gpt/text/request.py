@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gpt.config_text import Generate
 
@@ -42,38 +42,37 @@ class Sampling:
             seed=seed,
         )
 
-    def problems(self, name: str = "generate.") -> list[str]:
-        """What is impossible, each a sentence; ``name`` is put before the names of the settings.
+    def problems(self, called: Callable[[str], str] = "generate.{}".format) -> list[str]:
+        """What is impossible, each a sentence; ``called`` says how a setting is called where it was asked for.
 
         Example:
-            >>> Sampling(max_new_tokens=0).problems("")
-            ['max_new_tokens=0: must be at least 1']
+            >>> Sampling(max_new_tokens=0).problems(str.upper)
+            ['MAX_NEW_TOKENS=0: must be at least 1']
         """
         at_least = {"max_new_tokens": 1, "min_new_tokens": 0, "temperature": 0, "top_k": 0, "num_return_sequences": 1}
         at_least["num_beams"] = 1
         found = [
-            f"{name}{key}={getattr(self, key)}: must be at least {low}"
+            f"{called(key)}={getattr(self, key)}: must be at least {low}"
             for key, low in at_least.items()
             if not low <= getattr(self, key) < float("inf")
         ]
         if not 0 < self.top_p <= 1:
-            found.append(f"{name}top_p={self.top_p}: from more than 0 up to 1 (1: off)")
-        if not 0 < self.repetition_penalty < float("inf"):
-            found.append(f"{name}repetition_penalty={self.repetition_penalty}: must be more than 0 (1: off)")
-        if not abs(self.length_penalty) < float("inf"):
-            found.append(f"{name}length_penalty={self.length_penalty}: a number")
+            found.append(f"{called('top_p')}={self.top_p}: from more than 0 up to 1 (1: off)")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            found.append(f"{called('repetition_penalty')}={self.repetition_penalty}: from 0.01 to 100 (1: off)")
+        if not abs(self.length_penalty) <= 10:  # length^this is divided by
+            found.append(f"{called('length_penalty')}={self.length_penalty}: from -10 to 10")
         if self.min_new_tokens > self.max_new_tokens:
-            found.append(
-                f"{name}min_new_tokens={self.min_new_tokens} is more than {name}max_new_tokens={self.max_new_tokens}"
-            )
+            least, most = called("min_new_tokens"), called("max_new_tokens")
+            found.append(f"{least}={self.min_new_tokens} is more than {most}={self.max_new_tokens}")
         if 1 < self.num_beams < self.num_return_sequences:
             found.append(
-                f"{name}num_return_sequences={self.num_return_sequences} is more than "
-                f"{name}num_beams={self.num_beams}: "
+                f"{called('num_return_sequences')}={self.num_return_sequences} is more than "
+                f"{called('num_beams')}={self.num_beams}: "
                 "a beam search ends with as many texts as it has beams"
             )
         if any(not text for text in self.stop):
-            found.append(f"{name}stop has an empty string, at which every text would end")
+            found.append(f"{called('stop')} has an empty string, at which every text would end")
         return found
 
 
@@ -113,13 +112,32 @@ class Completion:
     logprobs: list[float]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a model thinks of a text: an entry for every token but the first.
+
+    Attributes:
+        logprobs: log probability of the token after those before it.
+        best: the most probable token there.
+        best_logprobs: its log probability.
+    """
+
+    logprobs: list[float]
+    best: list[int]
+    best_logprobs: list[float]
+
+
 class Writer(Protocol):
-    """A model at work. Prompts are token numbers, none empty, none longer than ``positions``."""
+    """A model at work. Prompts are token numbers below ``vocab``, none empty, none longer than ``positions``."""
 
     positions: int
+    vocab: int
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of a prompt."""
+        """Token numbers of a prompt; any thread may ask."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text; any thread may ask."""
 
     def write(
         self,
@@ -133,6 +151,14 @@ class Writer(Protocol):
         Args:
             prompts: continued side by side; each gets the text that it would get alone.
             sampling: without ``problems``.
-            on_piece: told of parts as they come (beam search: only whole texts).
+            on_piece: told of parts as they come; not in a beam search.
             keep_going: asked before every token; when it says False, what is there is returned.
         """
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """A writer that also says how probable texts are."""
+
+    def score(self, texts: list[list[int]]) -> list[Scored]:
+        """Of each text, which is like a prompt."""

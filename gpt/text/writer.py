@@ -17,15 +17,18 @@ from gpt.log import say
 from gpt.model import GPT
 from gpt.runs import Job
 from gpt.shapes import parameter_shapes
+from gpt.text import scoring
 from gpt.text.beams import beams
 from gpt.text.decoder import Decoder
-from gpt.text.request import Completion, Piece, Sampling
+from gpt.text.request import Completion, Piece, Sampling, Scored
 from gpt.text.search import sample
 from gpt.topology import Topology
 
 
 class ModelWriter:
-    """Implements ``gpt.text.request.Writer``. All ranks of a replica are asked alike, and come to the same texts.
+    """Implements ``gpt.text.request.Writer`` and ``Scorer``.
+
+    All ranks of a replica are asked alike, and come to the same texts.
 
     Args:
         model: whose topology says which ranks take part.
@@ -38,6 +41,7 @@ class ModelWriter:
         self.encoder = encoder
         self.step = step
         self.positions = model.config.model.positions
+        self.vocab = encoder.vocab
 
     @classmethod
     def of(cls, job: Job, topology: Topology) -> ModelWriter:
@@ -55,6 +59,15 @@ class ModelWriter:
         """Token numbers of a prompt."""
         tokens: list[int] = self.encoder.encode(text).tolist()
         return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text."""
+        return self.encoder.decode(tokens)
+
+    def score(self, texts: list[list[int]]) -> list[Scored]:
+        """See ``gpt.text.request.Scorer``."""
+        self.model.eval()
+        return scoring.score(self.model, texts)
 
     def write(
         self,

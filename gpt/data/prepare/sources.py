@@ -114,7 +114,7 @@ def _paths(name: str) -> list[str]:
         return [STDIN]
     path = Path(name)
     if path.is_dir():
-        inside = [p for p in path.rglob("*") if p.is_file() and _ending(p)[0] in FORMATS]
+        inside = [p for p in path.rglob("*") if p.is_file() and ending_of(p)[0] in FORMATS]
         if not inside:
             raise UserError(f"{name}: no {' '.join(FORMATS)} in this folder (also with {' '.join(PACKED)})")
         return sorted(str(p) for p in inside)
@@ -126,7 +126,13 @@ def _paths(name: str) -> list[str]:
     return matched
 
 
-def _ending(path: Path) -> tuple[str, str]:
+def ending_of(path: Path) -> tuple[str, str]:
+    """What says the format, and how it is packed.
+
+    Example:
+        >>> ending_of(Path("a.jsonl.gz"))
+        ('.jsonl', '.gz')
+    """
     packing = path.suffix if path.suffix in PACKED else ""
     return Path(path.name.removesuffix(packing)).suffix, packing
 
@@ -134,7 +140,7 @@ def _ending(path: Path) -> tuple[str, str]:
 def _source(path: str, wanted: TextFormat) -> Source:
     if path == STDIN:
         return Source(STDIN, TextFormat.jsonl if wanted is TextFormat.auto else wanted, "", 0, 0)
-    ending, packing = _ending(Path(path))
+    ending, packing = ending_of(Path(path))
     form = FORMATS.get(ending) if wanted is TextFormat.auto else wanted
     if form is None:
         raise UserError(

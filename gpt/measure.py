@@ -1,0 +1,121 @@
+"""Sums over everything that is measured: the same numbers on every rank, under every topology."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+
+from gpt import heartbeat
+from gpt.config import accumulate_steps
+from gpt.data.samples import Batch
+from gpt.data.tokens import Array
+from gpt.data.windows import Rows
+from gpt.engine import Engine
+from gpt.log import say
+from gpt.scores import head_scores
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Of some rows: sums of cross entropies (nats), counted tokens, and how many of those were the most probable."""
+
+    nll_B: Array
+    tokens_B: Array
+    right_B: Array
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Over all rows. ``rows_right`` counts rows in which every counted token was the most probable."""
+
+    nll: float
+    tokens: float
+    right: float
+    rows: float
+    rows_right: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per counted token."""
+        return self.nll / max(self.tokens, 1.0)
+
+    def __add__(self, other: Sums) -> Sums:
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Sums(*(one + another for one, another in pairs))
+
+
+def sums(engine: Engine, rows: Rows, batch_size: int, most: int | None = None) -> Sums:
+    """Over the first ``most`` rows (None: all), shared out among the replicas; all ranks call it together."""
+    nll, tokens, right, count, whole = 0.0, 0.0, 0.0, 0, 0
+    for _, found in scored(engine, rows, batch_size, most):
+        nll += float(found.nll_B.sum())
+        tokens += float(found.tokens_B.sum())
+        right += float(found.right_B.sum())
+        count += len(found.nll_B)
+        whole += int((found.right_B == found.tokens_B).sum())
+    return Sums(*engine.topology.totals(nll, tokens, right, count, whole))
+
+
+def scored(engine: Engine, rows: Rows, batch_size: int, most: int | None = None) -> Iterator[tuple[int, Scored]]:
+    """Row numbers and scores of this replica's batches; only the rank that speaks for a replica hears them."""
+    topology = engine.topology
+    engine.model.eval()
+    total = min(len(rows), most or len(rows))
+    firsts = range(topology.replica * batch_size, total, batch_size * topology.replicas)
+    together = accumulate_steps(engine.config) if engine.pipelined else 1
+    began = said = time.monotonic()
+    for i in range(0, len(firsts), together):
+        some = firsts[i : i + together]
+        heartbeat.beat(i, "evaluate")
+        batches = [rows.batch(first, min(batch_size, total - first)) for first in some]
+        for first, batch, found in zip(some, batches, _scores(engine, batches, together), strict=True):
+            if topology.speaks:
+                yield first, _by_row(batch, *found)
+        if topology.rank == 0 and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said, done = time.monotonic(), min(total, (i + together) * batch_size * topology.replicas)
+            say(f"{done:,} of {total:,}, {(said - began) / done * (total - done):,.0f} s left")
+
+
+def _by_row(batch: Batch, nll_BT: Array, right_BT: Array) -> Scored:
+    counts = batch.mask_BT > 0
+    nll = np.where(counts, nll_BT, 0).sum(-1, dtype=np.float64)
+    return Scored(nll, counts.sum(-1), (counts & right_BT).sum(-1))
+
+
+def _scores(engine: Engine, batches: list[Batch], together: int) -> list[tuple[Array, Array]]:
+    """Cross entropy and whether it was right, BT each, of each batch; of a pipeline only the last stage knows them."""
+    tensors = [(paddle.to_tensor(b.inputs_BT), paddle.to_tensor(b.labels_BT)) for b in _alike(batches, together)]
+    with paddle.no_grad(), engine._autocast():
+        found = engine.model.scores(tensors) if engine.pipelined else [_of_model(engine, *pair) for pair in tensors]
+    if not found:
+        return [(np.empty(0), np.empty(0))] * len(batches)
+    arrays = [(nll.numpy(), right.numpy()) for nll, right in found]
+    shapes = [batch.mask_BT.shape for batch in batches]
+    return [(nll[:B, :T], right[:B, :T]) for (B, T), (nll, right) in zip(shapes, arrays, strict=False)]
+
+
+def _of_model(
+    engine: Engine, inputs_BT: paddle.Tensor, labels_BT: paddle.Tensor
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    m = engine.config.model
+    x_MH = engine.model.hidden(inputs_BT).reshape([-1, m.hidden])
+    found = head_scores(engine.topology, x_MH, engine.model.word.weight, labels_BT.flatten(), m.vocab)
+    return found[0].reshape(inputs_BT.shape), found[1].reshape(inputs_BT.shape)
+
+
+def _alike(batches: list[Batch], together: int) -> list[Batch]:
+    """A pipeline wants a whole round of batches of one shape: rows, columns and batches that nobody reads are added."""
+    if together == 1:
+        return batches
+    B, T = (max(batch.inputs_BT.shape[axis] for batch in batches) for axis in (0, 1))
+    alike = []
+    for batch in batches:
+        more = [(0, B - batch.inputs_BT.shape[0]), (0, T - batch.inputs_BT.shape[1])]
+        alike.append(Batch(*(np.pad(a, more) for a in (batch.inputs_BT, batch.labels_BT, batch.mask_BT))))
+    return alike + alike[:1] * (together - len(alike))

@@ -1,0 +1,236 @@
+"""Tensors out of pickles, of which nothing is run: what a pickle may name is listed here, and each is a class of ours.
+
+torch has two formats. Since 1.6 a ``.bin`` is a zip: ``*/data.pkl`` describes tensors, ``*/data/KEY`` holds their
+numbers. Before, it was one file: a magic number, the version, the machine, the description, the keys, and then per key
+a count and the numbers. Paddle's ``.pdparams`` is a dict of numpy arrays. Storages are read when a tensor is.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gpt.config import UserError
+from gpt.data.tokens import Array
+from gpt.weights.archives import Tensor, Tensors, values
+
+STORAGES = {
+    "FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "BFloat16Storage": "bfloat16",
+    "LongStorage": "<i8", "IntStorage": "<i4", "ByteStorage": "|u1", "BoolStorage": "|b1",
+}  # fmt: skip
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # of the format before 1.6
+NUMPY_TYPES = {"f2", "f4", "f8", "u2", "i4", "i8"}
+BFLOAT16_AS = "u2"  # what Paddle makes of bfloat16
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Numbers one after the other, somewhere in the file."""
+
+    key: str
+    dtype: str
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        return self.count * _size(self.dtype)
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor on a storage."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, raw: bytes) -> Array:
+        """The tensor, of its storage's bytes; a stride must not lead out of them."""
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        if min((self.offset, *self.shape, *self.stride)) < 0 or (0 not in self.shape and last >= self.storage.count):
+            raise ValueError(f"a tensor of shape {self.shape} reaches beyond its {self.storage.count} numbers")
+        flat = values(raw, self.storage.dtype, [self.storage.count])
+        steps = tuple(step * flat.itemsize for step in self.stride)
+        return np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, steps, writeable=False)
+
+
+def _size(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+class _Restricted(pickle.Unpickler):
+    """Knows what is listed, each a function or class of this module, and refuses everything else."""
+
+    allowed: dict[tuple[str, str], Any]
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Called for every name in a pickle."""
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        raise UserError(
+            f"{self._path}: refused, nothing of it was run: this pickle asks for {module}.{name}, "
+            "which no file of weights needs; if you trust it, save the weights as safetensors where they come from"
+        )
+
+
+def _view(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _View:
+    """For torch._utils._rebuild_tensor_v2."""
+    return _View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
+
+
+class _Torch(_Restricted):
+    allowed = {  # noqa: RUF012
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): _view,
+        ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
+        **{("torch", name): dtype for name, dtype in STORAGES.items()},
+    }
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        """The storages, which are not in the pickle."""
+        kind, dtype, key, _, count, *_ = pid
+        if kind != "storage" or dtype not in STORAGES.values():
+            raise ValueError(f"{pid} is no storage of numbers")
+        return _Storage(str(key), dtype, int(count))
+
+
+def torch_file(path: Path) -> Tensors:
+    """Of a ``.bin``, in either format."""
+    if zipfile.is_zipfile(path):
+        return _zipped(path)
+    with open(path, "rb") as file:
+        if _Torch(file, path).load() != TORCH_MAGIC:
+            raise ValueError("not a file that torch saved")
+        for _ in range(2):  # version, machine
+            _Torch(file, path).load()
+        state = _Torch(file, path).load()
+        keys = [str(key) for key in _Torch(file, path).load()]
+        views = _views(state)
+        storages = {view.storage.key: view.storage for view in views.values()}
+        begins, begin = {}, file.tell()
+        for key in keys:
+            begins[key] = begin + 8
+            begin += 8 + storages[key].bytes
+        if begin > path.stat().st_size:
+            raise ValueError(f"it ends after {path.stat().st_size:,} of {begin:,} bytes")
+
+    def read(storage: _Storage) -> bytes:
+        with open(path, "rb") as again:
+            again.seek(begins[storage.key])
+            return again.read(storage.bytes)
+
+    return _tensors(views, read)
+
+
+def _zipped(path: Path) -> Tensors:
+    with zipfile.ZipFile(path) as archive:
+        head = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+        folder = head.removesuffix("data.pkl")
+        views = _views(_Torch(io.BytesIO(archive.read(head)), path).load())
+        order = folder + "byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError("it was saved on a big-endian machine")
+        for view in views.values():
+            size = archive.getinfo(f"{folder}data/{view.storage.key}").file_size
+            if size != view.storage.bytes:
+                raise ValueError(f"storage {view.storage.key} has {size:,} of {view.storage.bytes:,} bytes")
+
+    def read(storage: _Storage) -> bytes:
+        with zipfile.ZipFile(path) as again:
+            return again.read(f"{folder}data/{storage.key}")
+
+    return _tensors(views, read)
+
+
+def _views(state: Any) -> dict[str, _View]:
+    """Those of a state dict, or of the one inside a training checkpoint."""
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    views = {str(name): value for name, value in state.items() if isinstance(value, _View)}
+    if not views:
+        raise ValueError("there is no tensor in it")
+    return views
+
+
+def _tensors(views: dict[str, _View], read: Callable[[_Storage], bytes]) -> Tensors:
+    def tensor(view: _View) -> Tensor:
+        return Tensor(list(view.shape), lambda: view.of(read(view.storage)))
+
+    return {name: tensor(view) for name, view in views.items()}
+
+
+class _NumpyType:
+    """For numpy.dtype."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        if name not in NUMPY_TYPES:
+            raise ValueError(f"an array of type {name}")
+        self.name = name
+        self.order = "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+    def values(self, raw: bytes, shape: list[int]) -> Array:
+        """Float32 of the bytes of an array."""
+        if self.order == ">":
+            raise ValueError("it was saved on a big-endian machine")
+        return values(raw, "bfloat16" if self.name == BFLOAT16_AS else f"<{self.name}", shape)
+
+
+class _Numpy:
+    """For an array of numpy."""
+
+    dtype: _NumpyType
+
+    def __init__(self, *_: Any) -> None:
+        self.shape: list[int] = []
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, self.dtype, self.by_columns, self.raw = state
+        self.shape = list(shape)
+
+    def read(self) -> Array:
+        """Its values."""
+        if not self.by_columns:
+            return self.dtype.values(self.raw, self.shape)
+        turned: Array = self.dtype.values(self.raw, self.shape[::-1]).T
+        return turned
+
+
+class _Paddle(_Restricted):
+    allowed = {  # noqa: RUF012
+        ("collections", "OrderedDict"): OrderedDict,
+        ("builtins", "tuple"): tuple,
+        ("numpy", "dtype"): _NumpyType,
+        ("numpy", "ndarray"): _Numpy,
+        # Bytes in pickles that Python 2 can read.
+        ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
+        **{(f"numpy.{core}.multiarray", "_reconstruct"): _Numpy for core in ("core", "_core")},
+    }
+
+
+def paddle_file(path: Path) -> Tensors:
+    """Of a ``.pdparams``: a dict of arrays, or of (name, array)."""
+    with open(path, "rb") as file:
+        state = _Paddle(file, path).load()
+    if not isinstance(state, dict):
+        raise ValueError("there is no dict of parameters in it")
+    if "UnpackBigParamInfor@@" in state:
+        raise ValueError("its largest arrays are cut into pieces; save it again with protocol=4")
+    arrays = {str(name): value[1] if isinstance(value, tuple) else value for name, value in state.items()}
+    return {name: Tensor(array.shape, array.read) for name, array in arrays.items() if isinstance(array, _Numpy)}

@@ -1,0 +1,65 @@
+"""What tests of ``task=serve`` run on every rank; see ``ranks``."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from signal import Signals as Signal
+from typing import Any
+
+from served import Heard, Judge
+
+from gpt.config import typed
+from gpt.model import GPT
+from gpt.tasks import serve as task
+from gpt.text import scoring
+from gpt.text.desk import Desk, Order, Wish
+from gpt.text.request import Sampling
+from gpt.topology import Topology
+
+
+def serve(config: dict[str, Any], texts: list[list[int]]) -> dict[str, Any]:
+    """What ``_served`` says, without and with a cut, and what a model's scores of texts are."""
+    topology = Topology.connect(typed(config))
+    served = [_served(topology, cut) for cut in (False, True)]
+    model = GPT(typed(config), topology)
+    model.initialise()
+    model.eval()
+    return {"served": served, "scores": [dataclasses.astuple(s) for s in scoring.score(model, texts)]}
+
+
+def _served(topology: Topology, cut: bool) -> dict[str, Any]:
+    """What this rank wrote for the first one's three clients, what those were told, and the exit code.
+
+    The second client leaves after four tokens, the third wants scores, a signal comes when all are answered; with
+    ``cut`` it comes during the first request, which has no time to finish.
+    """
+    task.IDLE_SECONDS, task.FINISH_SECONDS = 0.3, 0.0
+    writer, heard, told, written = Judge(), Heard(), [], []
+    desk = Desk(9) if topology.rank == 0 else None
+    if desk:
+        wish = Wish([[97, 98]], Sampling(max_new_tokens=10))
+        orders = [Order(w, told.append) for w in (wish, wish, dataclasses.replace(wish, scores=True))]
+        desk.open()
+        for order in orders:
+            desk.put(order)
+
+        def before(number: int) -> None:
+            if number == 4 and len(writer.asked) == 2:
+                desk.leave(orders[1])
+            if number == 4 and cut:
+                heard.received = Signal.SIGTERM
+
+        writer.before = before
+        if not cut:
+            threading.Timer(1.0, lambda: setattr(heard, "received", Signal.SIGINT)).start()
+    write = writer.write
+
+    def counted(*arguments: Any) -> Any:
+        texts = write(*arguments)
+        written.append(writer.written)
+        return texts
+
+    writer.write = counted  # type: ignore[method-assign]
+    code = task.Loop(topology, writer, heard, desk).run()  # type: ignore[arg-type]
+    return {"written": written, "told": [type(news).__name__ for news in told], "code": code}

@@ -1,0 +1,139 @@
+"""A static export is the same model: Paddle Inference computes from it what ``GPT.forward`` computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, configured
+from foreign import greedy, loaded, logits, random_parameters
+
+from gpt import checkpoint, saving
+from gpt.config import Config, plain
+from gpt.data import tokenizer
+from gpt.data.corpus import Prepared
+from gpt.model import GPT
+from gpt.weights import eight_bits, static
+from gpt.whole import Piece, Slice
+
+MODEL = ["model=tiny", "model.vocab=300", "model.hidden=60", "model.heads=5", "model.layers=3", "model.positions=40"]
+TOKENS = np.random.default_rng(1).integers(0, 300, [3, 21])
+
+
+def made(folder: Path) -> checkpoint.Checkpoint:
+    """A checkpoint with random parameters and a tokenizer."""
+    config: Config = configured([*MODEL, "data=tokens", "data.path=x", "data.vocab=300"])
+    tokenizer.train(["the cat sat on the mat and the dog saw the cat " * 5], 290, folder / "tokenizer.json")
+    pieces = {n: Piece(list(a.shape), Slice(0, 0, len(a)), a) for n, a in random_parameters(config).items()}
+    state = {"step": 7, "config": plain(config), "data": Prepared([], "", 0, None, None, 0).plain()}
+    saving.write_alone(folder / "checkpoint", saving.Part(7, pieces, {}, state, folder / "tokenizer.json"))
+    return checkpoint.Checkpoint(folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``checkpoint``, ``paddle`` and ``int8``."""
+    folder = tmp_path_factory.mktemp("exported")
+    found = made(folder)
+    static.export(found, folder / "paddle", small=False)
+    static.export(found, folder / "int8", small=True)
+    return folder
+
+
+def predictor(folder: Path, program: str) -> Any:
+    from paddle import inference
+
+    config = inference.Config(str(folder / program), str(folder / "model.pdiparams"))
+    config.disable_glog_info()
+    config.disable_onednn()
+    return inference.create_predictor(config)
+
+
+def run(a_predictor: Any, *inputs: Any) -> list[Any]:
+    return [out.numpy().copy() for out in a_predictor.run([paddle.to_tensor(array) for array in inputs])]
+
+
+def round_weights(model: GPT, folder: Path) -> None:
+    """To what eight bits leave of them."""
+    stored = checkpoint.Checkpoint(folder / "checkpoint").model()
+    rounded = eight_bits.Rounded(stored.folder, stored.index)
+    for name, parameter in model.named_parameters():
+        parameter.set_value(paddle.to_tensor(rounded[name]))
+
+
+def test_logits_are_those_of_the_model_whatever_the_batch_and_length(exported: Path) -> None:
+    model, there = loaded(exported / "checkpoint"), predictor(exported / "paddle", "model.json")
+    for tokens in (TOKENS, TOKENS[:1], TOKENS[:2, :1], np.tile(TOKENS, 2)[:, :40]):
+        (out,) = run(there, tokens)
+        assert out.shape == (*tokens.shape, 300)
+        np.testing.assert_allclose(out, logits(model, tokens), atol=1e-5)
+
+
+def test_steps_with_a_past_give_the_logits_of_the_whole(exported: Path) -> None:
+    (whole,) = run(predictor(exported / "paddle", "model.json"), TOKENS)
+    step = predictor(exported / "paddle", "step.json")
+    past = np.zeros([3, 2, len(TOKENS), 0, 5, 12], np.float32)
+    at = 0
+    for new in (9, 1, 1, 10):  # a prompt, tokens one by one, and several at once
+        out, past = run(step, TOKENS[:, at : at + new], past)
+        np.testing.assert_allclose(out, whole[:, at : at + new], atol=1e-5)
+        at += new
+        assert past.shape == (3, 2, 3, at, 5, 12)
+
+
+def test_the_folder_says_what_is_needed_to_use_it(exported: Path) -> None:
+    info = json.loads((exported / "paddle/model_info.json").read_text())
+    assert (info["vocab"], info["positions"], info["eot"], info["step"]) == (300, 40, 0, 7)
+    assert (exported / "paddle" / info["tokenizer"]).read_bytes() == (exported / "tokenizer.json").read_bytes()
+    files = {"model.json", "step.json", "model.pdiparams", "model_info.json", "tokenizer.json"}
+    assert {path.name for path in (exported / "paddle").iterdir()} == files
+
+
+def test_int8_computes_with_the_rounded_weights_and_is_smaller(exported: Path) -> None:
+    (out,) = run(predictor(exported / "int8", "model.json"), TOKENS)
+    model = loaded(exported / "checkpoint")
+    before = logits(model, TOKENS)
+    round_weights(model, exported)
+    np.testing.assert_allclose(out, logits(model, TOKENS), atol=2e-5)
+    assert np.abs(out - before).max() > 1e-3  # rounding is not nothing
+    sizes = [(exported / kind / "model.pdiparams").stat().st_size for kind in ("int8", "paddle")]
+    assert sizes[0] < 0.3 * sizes[1]
+
+
+def test_rounding_errs_by_half_a_step_at_most() -> None:
+    matrix = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32)
+    for axis in (0, 1):
+        packed = eight_bits.pack(matrix, axis)
+        error = np.abs(packed.unpacked() - matrix)
+        assert (error <= np.expand_dims(packed.scale, 1 - axis) / 2 * 1.0001).all()
+        assert (np.abs(packed.numbers).max(axis=1 - axis) == 127).all()
+    assert (eight_bits.pack(np.zeros((2, 2), np.float32), 1).unpacked() == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["paddle", "int8"])
+def test_the_program_of_the_page_continues_a_prompt_without_this_package(
+    exported: Path, tmp_path: Path, kind: str
+) -> None:
+    page = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(# continue\.py\n.*?)```", page, re.S)
+    (tmp_path / "continue.py").write_text(program)
+    alone = "import runpy, sys; sys.modules['gpt'] = None; runpy.run_path('continue.py', run_name='__main__')"
+    command = [sys.executable, "-W", "ignore", "-c", alone, str(exported / kind), "the cat", "12"]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    encoder = tokenizer.open_encoder(exported / "tokenizer.json")
+    model = loaded(exported / "checkpoint")
+    if kind == "int8":
+        round_weights(model, exported)
+    tokens = greedy(lambda row: logits(model, row), encoder.encode("the cat").tolist(), 12)
+    assert done.stdout == encoder.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens) + "\n"

@@ -1,0 +1,190 @@
+"""Weights from elsewhere compute here what they compute there, and come back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+from conftest import configured
+from foreign import (
+    fleetx_names,
+    gpt2,
+    greedy,
+    loaded,
+    logits,
+    random_parameters,
+    save_fleetx,
+    torch_logits,
+)
+from safetensors.numpy import load_file
+
+from gpt import checkpoint
+from gpt.config import Config
+from gpt.data import tokenizer
+from gpt.weights import archives, exporting, huggingface, importing
+
+TOKENS = np.random.default_rng(1).integers(0, 300, [2, 33])
+FLEETX = ["model=tiny", "model.vocab=512", "model.hidden=32", "model.heads=4", "model.layers=4", "model.positions=16"]
+
+
+@functools.cache
+def composed(*overrides: str) -> Config:
+    return configured(["task=import_weights", *overrides])
+
+
+def command(source: Path, output: Path, *more: str) -> Config:
+    config = copy.deepcopy(composed(*more))
+    config.import_weights.source, config.import_weights.output = str(source), str(output)
+    return config
+
+
+def imported(source: Path, output: Path, *more: str) -> Path:
+    config = command(source, output, *more)
+    assert importing.check(config) == []
+    importing.run(config, lambda line: None)
+    return output
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"n_embd": 48, "n_head": 3, "n_layer": 3, "n_inner": 100, "vocab_size": 257, "layer_norm_epsilon": 1e-3}],
+    ids=["5 heads of 12", "3 heads of 16, ffn 100, another eps"],
+)
+def test_logits_and_greedy_text_are_those_of_transformers(tmp_path: Path, shape: dict[str, Any]) -> None:
+    theirs = gpt2(tmp_path / "hf", **shape)
+    ours = loaded(imported(tmp_path / "hf", tmp_path / "out"))
+    tokens = TOKENS % shape.get("vocab_size", 300)
+    np.testing.assert_allclose(logits(ours, tokens), torch_logits(theirs, tokens), atol=1e-4)
+    prompt = tokens[0, :5].tolist()
+    text = greedy(lambda row: logits(ours, row), prompt, 20)
+    import torch
+
+    end = {"eos_token_id": None, "pad_token_id": 0}
+    said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, **end)
+    assert text == said[0].tolist()
+
+
+def test_every_kind_of_file_gives_the_same_weights(tmp_path: Path) -> None:
+    import torch
+
+    model = gpt2(tmp_path / "hf")
+    gpt2(tmp_path / "shards", max_shard_size="200KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    state = model.state_dict()
+    bare = {name.removeprefix("transformer."): value for name, value in state.items() if name != "lm_head.weight"}
+    bare["h.0.attn.bias"] = torch.tril(torch.ones(1, 1, 40, 40, dtype=torch.bool))  # a buffer of older files
+    for name, value, new in (("zip", state, True), ("before 1.6", state, False), ("bare", bare, True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text((tmp_path / "hf/config.json").read_text())
+        torch.save(value, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
+    wanted = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "out")).model()
+    for name in ("shards", "zip", "before 1.6", "bare"):
+        there = checkpoint.Checkpoint(imported(tmp_path / name, tmp_path / f"out {name}")).model()
+        assert there.shapes == wanted.shapes
+        assert all(np.array_equal(there[key], wanted[key]) for key in wanted), name
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_files_are_widened_exactly(tmp_path: Path, dtype: str) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    value = torch.randn(3, 5).to(getattr(torch, dtype))
+    save_file({"a": value}, tmp_path / "a.safetensors")
+    torch.save({"a": value.t()}, tmp_path / "a.bin")
+    paddle.save({"a": paddle.to_tensor(value.float().numpy()).astype(dtype)}, str(tmp_path / "a.pdparams"))
+    for name, turned in (("a.safetensors", False), ("a.bin", True), ("a.pdparams", False)):
+        there = archives.open_file(tmp_path / name)["a"].read()
+        assert there.dtype == np.float32
+        np.testing.assert_array_equal(there.T if turned else there, value.float().numpy())
+
+
+def test_export_of_an_import_is_bit_equal_and_transformers_loads_it(tmp_path: Path) -> None:
+    import transformers
+
+    theirs = gpt2(tmp_path / "hf")
+    found = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "out"))
+    exporting.to_huggingface(found, tmp_path / "back")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert set(before) == set(after)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval()
+    np.testing.assert_array_equal(torch_logits(again, TOKENS), torch_logits(theirs, TOKENS))
+
+
+def test_import_of_an_export_is_bit_equal_and_keeps_shape_and_tokenizer(tmp_path: Path) -> None:
+    import transformers
+
+    tokenizer.train(["the cat sat on the mat and the dog saw the cat " * 5], 290, tmp_path / "tokenizer.json")
+    gpt2(tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text())
+    first = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "one"))
+    exporting.to_huggingface(first, tmp_path / "exported")
+    second = checkpoint.Checkpoint(imported(tmp_path / "exported", tmp_path / "two"))
+    assert all(np.array_equal(first.model()[name], second.model()[name]) for name in first.model())
+    shapes = [{**c.state["config"]["model"], "name": ""} for c in (first, second)]
+    assert shapes[0] == shapes[1]
+    assert first.tokenizer
+    assert second.tokenizer
+    assert first.tokenizer.read_bytes() == second.tokenizer.read_bytes()
+    text = "the dog sat on the cat, été 1999"
+    ids = tokenizer.open_encoder(second.tokenizer).encode(text).tolist()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "exported").encode(text) == ids
+    (tmp_path / "exported/tokenizer.json").unlink()  # vocab.json and merges.txt are enough
+    third = checkpoint.Checkpoint(imported(tmp_path / "exported", tmp_path / "three"))
+    assert third.tokenizer
+    assert tokenizer.open_encoder(third.tokenizer).encode(text).tolist() == ids
+
+
+@pytest.mark.parametrize(("mp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_predecessors_ranks_are_put_together(tmp_path: Path, mp: int, pp: int) -> None:
+    config = configured(FLEETX)
+    ours = random_parameters(config)
+    save_fleetx(tmp_path / "step_3", fleetx_names(ours), config.model.layers, mp, pp)
+    found = checkpoint.Checkpoint(imported(tmp_path / "step_3", tmp_path / "out", *FLEETX))
+    assert found.state["imported"]["format"] == "fleetx"
+    there = found.model()
+    assert set(there) == set(ours)
+    assert [name for name in ours if not np.array_equal(there[name], ours[name])] == []
+    # The folder of a rank stands for all of them.
+    imported(tmp_path / "step_3" / "mp_00_sharding_00_pp_00", tmp_path / "again", *FLEETX)
+
+
+def test_the_predecessors_separate_projections_are_fused_by_head(tmp_path: Path) -> None:
+    config = configured(FLEETX)
+    ours = random_parameters(config)
+    split = {}
+    for name, array in fleetx_names(ours).items():
+        if "qkv_proj" in name:
+            by_kind = huggingface.by_kind(array, config.model.heads)
+            split |= {name.replace("qkv", c): part for c, part in zip("qkv", np.split(by_kind, 3, -1), strict=True)}
+        else:
+            split[name] = array
+    paddle.save({k: paddle.to_tensor(v) for k, v in split.items()}, str(tmp_path / "model.pdparams"))
+    there = checkpoint.Checkpoint(imported(tmp_path / "model.pdparams", tmp_path / "out", *FLEETX)).model()
+    assert [name for name in ours if not np.array_equal(there[name], ours[name])] == []
+
+
+def test_rows_that_only_pad_for_more_ranks_are_left_out(tmp_path: Path) -> None:
+    config = configured(FLEETX)
+    ours = random_parameters(config)
+    longer = {**ours, "word.weight": np.pad(ours["word.weight"], ((0, 128), (0, 0)), constant_values=7)}
+    save_fleetx(tmp_path / "x", fleetx_names(longer), config.model.layers, 2, 1)
+    there = checkpoint.Checkpoint(imported(tmp_path / "x", tmp_path / "out", *FLEETX)).model()
+    np.testing.assert_array_equal(there["word.weight"], ours["word.weight"])
+
+
+def test_a_checkpoint_says_where_it_comes_from_and_is_sound(tmp_path: Path) -> None:
+    gpt2(tmp_path / "hf")
+    out = imported(tmp_path / "hf", tmp_path / "out")
+    assert checkpoint.damage(out) is None
+    state = json.loads((out / "state.json").read_text())
+    assert (state["step"], state["imported"]["format"]) == (0, "huggingface")
+    assert state["config"]["model"]["name"] == "hf"

@@ -1,0 +1,222 @@
+"""Weights that are not what they should be: one sentence with the remedy, and nothing is run, made or changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import paddle
+import pytest
+from conftest import Ran, configured
+from foreign import fleetx_names, gpt2, random_parameters, save_fleetx
+from test_weights import FLEETX, command, imported
+
+from gpt import trained
+from gpt.config import UserError
+from gpt.data import tokenizer, vocabularies
+from gpt.data.corpus import Prepared
+from gpt.weights import archives, exporting, importing
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    gpt2(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def refused(source: Path, tmp_path: Path, *more: str) -> str:
+    """The problems of the command, which leaves nothing behind."""
+    problems = importing.check(command(source, tmp_path / "out", *more))
+    assert problems
+    assert not (tmp_path / "out").exists()
+    return "\n".join(problems)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /tmp/this-must-never-be-there",))
+
+
+@pytest.mark.parametrize("kind", ["zip", "before 1.6", "pdparams", "a global by another way"])
+def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_path: Path, kind: str) -> None:
+    marker = Path("/tmp/this-must-never-be-there")
+    marker.unlink(missing_ok=True)
+    file = tmp_path / ("x.pdparams" if kind == "pdparams" else "x.bin")
+    payload = pickle.dumps({"wte.weight": Evil()}, protocol=2)
+    if kind == "a global by another way":  # a name with dots, through a module that is allowed
+        payload = b"\x80\x04\x8c\x0ctorch._utils\x8c\x0cos.path.join\x93)R."
+    if kind == "before 1.6":
+        head = [pickle.dumps(value, protocol=2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+        file.write_bytes(b"".join([*head, payload]))
+    elif kind == "pdparams":
+        file.write_bytes(payload)
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("archive/data.pkl", payload)
+    with pytest.raises(UserError, match=r"refused, nothing of it was run: this pickle asks for .*(system|join)"):
+        archives.open_file(file)
+    assert not marker.exists()
+
+
+def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path: Path) -> None:
+    import torch
+
+    torch.save({"a": torch.arange(6.0).as_strided((2, 3), (3, 1))}, tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in content if name.endswith("data.pkl"))
+    content[name] = content[name].replace(b"K\x02K\x03\x86", b"K\x63K\x03\x86", 1)  # shape (99, 3) on 6 numbers
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        for entry, value in content.items():
+            archive.writestr(entry, value)
+    with pytest.raises(ValueError, match="beyond its 6 numbers"):
+        archives.open_file(tmp_path / "x.bin")["a"].read()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"activation_function": "relu"}, "activation_function is relu: this GPT has gelu_new"),
+        ({"activation_function": "gelu"}, "activation_function is gelu: this GPT has gelu_new"),
+        ({"model_type": "llama"}, "model_type is llama: only gpt2 is read"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "computes attention with scale_attn_by_inverse_layer_idx=False"),
+        ({"quantization_config": {"bits": 8}}, "the weights are quantised"),
+        ({"n_head": 7}, "not divisible by model.heads=7"),
+        ({"n_layer": 3}, "not a GPT-2 of 3 layers: 12 parameters are missing (h.2."),
+        ({"n_layer": 1}, "are unknown (h.1."),
+        ({"n_positions": 50}, "position.weight has shape [40, 60] there and [50, 60] here"),
+        ({"vocab_size": 299}, "word.weight has shape [300, 60] there and [299, 60] here"),
+        ({"n_embd": None}, "not the config.json of a GPT-2"),
+    ],
+)
+def test_a_configuration_that_this_gpt_does_not_compute(
+    hf: Path, tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    path = hf / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert expected in refused(hf, tmp_path)
+
+
+def test_an_untied_head(tmp_path: Path) -> None:
+    gpt2(tmp_path / "hf", tie_word_embeddings=False)
+    assert "tied head only" in refused(tmp_path / "hf", tmp_path)
+
+
+def test_files_that_are_not_there_or_damaged(hf: Path, tmp_path: Path) -> None:
+    assert "not found" in refused(tmp_path / "nowhere", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "no weights there; looked for model.safetensors" in refused(tmp_path / "empty", tmp_path)
+    assert "looked for model.pdparams" in refused(hf, tmp_path, "import_weights.format=fleetx")
+    whole = (hf / "model.safetensors").read_bytes()
+    (hf / "model.safetensors").write_bytes(whole[:-1000])
+    assert "damaged or not a file of weights" in refused(hf, tmp_path)
+    (hf / "model.safetensors").write_bytes(b"hello")
+    assert "damaged or not a file of weights" in refused(hf, tmp_path)
+    (hf / "model.safetensors").unlink()
+    (hf / "pytorch_model.bin").write_bytes(b"hello")
+    assert "damaged or not a file of weights" in refused(hf, tmp_path)
+    index = {"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}
+    (hf / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names model-00001-of-00002.safetensors, which is not in" in refused(hf, tmp_path)
+    (hf / "config.json").unlink()
+    assert "config.json: not there; it says the shape" in refused(hf, tmp_path)
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    import torch
+
+    model = gpt2(tmp_path / "hf")
+    state = model.state_dict()
+    state["transformer.h.0.mlp.c_fc.bias"][3] = torch.nan
+    torch.save(state, tmp_path / "hf/pytorch_model.bin")
+    config = command(tmp_path / "hf/pytorch_model.bin", tmp_path / "out")
+    with pytest.raises(UserError, match=r"layers\.0\.fc1\.bias has values that are not finite"):
+        importing.run(config, print)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_predecessors_files_need_the_model_they_are_of(tmp_path: Path) -> None:
+    config = configured(FLEETX)
+    save_fleetx(tmp_path / "x", fleetx_names(random_parameters(config)), 4, 2, 2)
+    said = refused(tmp_path / "x", tmp_path)
+    for words in ("model.hidden=32 (not 128)", "model.positions=16 (not 128)", "model.heads, which cannot be seen"):
+        assert words in said
+    assert "fewer than model.vocab=4,096: set model.vocab=512" in said
+    os.remove(tmp_path / "x/mp_01_sharding_00_pp_00/model.pdparams")
+    said = refused(tmp_path / "x", tmp_path, *FLEETX)
+    assert "mp 2 x pp 2 ranks, but mp_01_sharding_00_pp_00/model.pdparams is not there" in said
+    paddle.save({"gpt.pooler.weight": paddle.ones([2])}, str(tmp_path / "model.pdparams"))
+    assert "unknown parameters: gpt.pooler.weight" in refused(tmp_path / "model.pdparams", tmp_path, *FLEETX)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_weights(hf: Path, tmp_path: Path) -> None:
+    tokenizer.train(["some text " * 50 + "".join(map(chr, range(33, 400)))], 400, tmp_path / "tokenizer.json")
+    said = refused(hf, tmp_path, f"import_weights.tokenizer={tmp_path / 'tokenizer.json'}")
+    assert "tokens, the weights have 300 only" in said
+    assert "no such file or folder" in refused(hf, tmp_path, "import_weights.tokenizer=nowhere")
+
+
+def test_what_is_there_is_never_overwritten(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for problems in (
+        importing.check(command(hf, tmp_path / "there")),
+        exporting.check(configured(["task=export", f"export.output={tmp_path / 'there'}"])),
+    ):
+        assert ["there is something already; it is never overwritten" in p for p in problems] == [True]
+    assert exporting.check(configured(["task=export", "parallel=mp2", "data=text", "data.path=x"])) == [
+        "export.output has no value: give the folder to make with export.output=...",
+        "task=export is done by one rank, not 2: leave out parallel=...",
+    ]
+
+
+def test_a_run_starts_only_with_weights_of_its_model_and_tokens_of_its_data(hf: Path, tmp_path: Path) -> None:
+    imported(hf, tmp_path / "out")
+    (problem,) = trained.start_problems(configured([f"checkpoint={tmp_path / 'out'}"]))
+    assert "model.heads is 5 there and 4 here" in problem
+    remedy = problem.split(": add ")[1].split()
+    assert trained.start_problems(configured([f"checkpoint={tmp_path / 'out'}", *remedy, "data.vocab=300"])) == []
+    assert "no such folder" in trained.start_problems(configured(["checkpoint=nowhere"]))[0]
+
+    files = [tmp_path / f"{name}.json" for name in "abc"]
+    for file, text in zip(files, ("one text " * 9, "one text " * 9, "another text " * 9), strict=True):
+        tokenizer.train([text], 270, file)
+    files[1].write_text(json.dumps(json.loads(files[1].read_text()), indent=3))  # the same, written otherwise
+    assert vocabularies.same(files[0], files[1])
+    assert not vocabularies.same(files[0], files[2])
+    tokens = imported(hf, tmp_path / "with", f"import_weights.tokenizer={files[0]}")
+    config = configured([f"checkpoint={tokens}"])
+    data = Prepared([], "", 0, str(files[1]), None, 0)
+    assert trained.same_tokenizer(config, data) is None
+    with pytest.raises(UserError, match=r"are of another tokenizer: prepare the text with it"):
+        trained.same_tokenizer(config, Prepared([], "", 0, str(files[2]), None, 0))
+    assert "the data has no tokenizer" in str(trained.same_tokenizer(config, Prepared([], "", 0, None, None, 0)))
+
+
+@pytest.mark.slow
+def test_the_commands_say_it_and_leave_nothing(gpt: Callable[..., Ran], tmp_path: Path) -> None:
+    for arguments, words in (
+        (["task=import_weights"], "import_weights.source has no value"),
+        (["task=import_weights", "import_weights.source=x", "import_weights.output=y"], "import_weights.source=x: not"),
+        (["task=export", "checkpoint=x"], "checkpoint=x: no such folder"),
+        (["checkpoint=x"], "checkpoint=x: no such folder"),
+    ):
+        ran = gpt(*arguments)
+        assert (ran.code, ran.out) == (2, ""), ran.text
+        assert words in ran.err
+        assert "Traceback" not in ran.err
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpt.slices._write_all", full)
+    with pytest.raises(OSError, match="No space left"):
+        importing.run(command(hf, tmp_path / "out"), lambda line: None)
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
