@@ -120,6 +120,8 @@ def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Consol
     planned = [_best(config) if config.plan.search else config for config in legal]
     console.columns(f"plan of {len(cells)} jobs", tables.GRID, [tables.grid_row(config) for config in planned])
     everywhere = set.intersection(*(set(overrides) for overrides, _ in cells))
+    if any(config.plan.picture for config in legal):
+        console.note("plan.picture is of one plan: nothing is drawn for several")
     for overrides, problems in refused:
         console.note(f"not possible: {' '.join(o for o in overrides if o not in everywhere)}: {'; '.join(problems)}")
     for config in planned:

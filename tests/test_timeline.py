@@ -60,3 +60,13 @@ def test_a_plan_draws_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture
     planning.show(config, Console(), [])
     assert "175b a100_80:  1F1B, 16 stages, 32 micro batches" in (tmp_path / "step.svg").read_text()
     assert "idle by stage" in capsys.readouterr().out
+
+
+def test_a_grid_of_plans_says_that_it_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gpt import planning
+    from gpt.console import Console
+
+    config = configured([*BIG, *ON_A100, f"plan.picture={tmp_path}/step.svg"])
+    planning.show_grid([(BIG, config)], Console())
+    assert "nothing is drawn for several" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
