@@ -268,8 +268,9 @@ def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
     if outcome.waited and not outcome.signal:  # Paddle's Gloo gives up after 30 s, long before the watchdog
         message = f"STOPPED: worker {outcome.rank} waited for the others in vain. {watchdog.missing()}"
         return JobFailed(f"{message}; the logs: {log.parent}/worker.R.log", GUARD)
-    if outcome.code == BAD_INPUT and outcome.rank == 0:
-        return JobFailed("", BAD_INPUT)
+    stopped = outcome.signal and outcome.code == 128 + outcome.signal
+    if stopped or (outcome.code == BAD_INPUT and outcome.rank == 0):  # what it had to say is said
+        return JobFailed("", outcome.code)
     if outcome.signal and outcome.code < 0:
         return JobFailed(f"ended by {outcome.signal.name} before it could save", 128 + outcome.signal)
     if outcome.code < 0:

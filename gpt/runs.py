@@ -24,10 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from gpt import __version__
 from gpt.config import Config, Resume, UserError, plain, typed
 from gpt.data.corpus import Prepared
 from gpt.files import write_json
+from gpt.rules import unknown_keys
 
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
@@ -81,8 +84,13 @@ class Job:
         )
 
     @classmethod
-    def read(cls, run_dir: Path, file: Path | None = None) -> Job:
+    def read(cls, run_dir: Path, file: Path | None = None, now: Config | None = None) -> Job:
         """Read ``job.json`` (or another ``file``); the folder may have been moved since.
+
+        Args:
+            run_dir: of the run.
+            file: of the job.
+            now: of this command, for keys that the version that wrote the file did not have.
 
         Raises:
             UserError: there is none, or it is not one.
@@ -91,11 +99,21 @@ class Job:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             data = Prepared.from_plain(stored["data"])
-            return cls(typed(stored["config"]), data, run_dir, stored["command"])
+            return cls(stored_config(stored["config"], now), data, run_dir, stored["command"])
         except FileNotFoundError:
             raise UserError(f"{run_dir}: no run here (no job.json); train first, or give hydra.run.dir=...") from None
         except Exception as error:
             raise UserError(f"{path}: not a job of this version ({type(error).__name__}: {error})") from error
+
+
+def stored_config(stored: dict[str, Any], now: Config | None) -> Config:
+    """A configuration that this or an earlier version wrote: keys that are gone are left out, new ones are ``now``'s.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a value is missing, or is not what it is today.
+    """
+    unknown_keys(stored)
+    return typed(OmegaConf.merge(plain(now), stored) if now else stored)
 
 
 def versions() -> dict[str, str]:
@@ -171,7 +189,7 @@ def conflicts(run_dir: Path, config: Config) -> list[str]:
     if config.trainer.resume is Resume.never or not (run_dir / "job.json").exists():
         return []
     try:
-        earlier = Job.read(run_dir).config.model
+        earlier = Job.read(run_dir, now=config).config.model
     except UserError as error:
         return [f"{error}; choose another hydra.run.dir=..."]
     was, now = dataclasses.asdict(earlier), dataclasses.asdict(config.model)
@@ -199,7 +217,7 @@ def decide(run_dir: Path, config: Config, data: Prepared) -> Decision:
         while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
             number += 1
         return Decision(True, [f"starting afresh; the earlier run is now in {aside}"], aside)
-    earlier = Job.read(run_dir)
+    earlier = Job.read(run_dir, now=config)
     if earlier.data.tokenizer_digest != data.tokenizer_digest:
         raise UserError(_another(run_dir, "its tokenizer is another one (the text or its files changed)"))
     if earlier.data.fingerprint != data.fingerprint:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from gpt import rules, runs
-from gpt.config import Config, Parallel, Task, UserError, replicas, typed
+from gpt.config import Config, Parallel, Task, UserError, replicas
 from gpt.data import vocabularies
 from gpt.data.corpus import Prepared
 from gpt.runs import Job
@@ -47,7 +47,7 @@ def job(config: Config, run_dir: Path) -> Job:
         UserError: there is nothing trained, or it cannot be shared out as asked.
     """
     source = Path(config.checkpoint) if config.checkpoint else run_dir
-    stored = _stored(source, run_dir, named=config.checkpoint is not None)
+    stored = _stored(source, run_dir, config)
     asked = stored.config
     for name in ASKED:
         setattr(asked, name, getattr(config, name))
@@ -61,18 +61,18 @@ def job(config: Config, run_dir: Path) -> Job:
     return stored
 
 
-def _stored(source: Path, run_dir: Path, *, named: bool) -> Job:
+def _stored(source: Path, run_dir: Path, now: Config) -> Job:
     if is_checkpoint(source):
         try:
             state = json.loads((source / "state.json").read_text(encoding="utf-8"))
-            return Job(typed(state["config"]), Prepared.from_plain(state["data"]), run_dir, [])
+            return Job(runs.stored_config(state["config"], now), Prepared.from_plain(state["data"]), run_dir, [])
         except Exception as error:
             raise UserError(f"{source}: not a checkpoint of this version ({type(error).__name__}: {error})") from error
-    if named and not (source / "job.json").is_file():
+    if now.checkpoint and not (source / "job.json").is_file():
         what = "no such folder" if not source.exists() else "neither a run (job.json) nor a checkpoint (state.json)"
         there = sorted(path.parent.as_posix() for path in Path("outputs").glob("*/job.json"))
         raise UserError(f"checkpoint={source}: {what}" + (f"; runs here: {', '.join(there)}" if there else ""))
-    stored = Job.read(source)
+    stored = Job.read(source, now=now)
     if not runs.checkpoint_steps(source):
         raise UserError(f"{source}: no checkpoint yet; train first (the same command without task=)")
     return Job(stored.config, stored.data, run_dir, stored.command)
@@ -84,7 +84,7 @@ def start_problems(config: Config) -> list[str]:
         return []
     source = Path(config.checkpoint)
     try:
-        there = _stored(source, source, named=True).config.model
+        there = _stored(source, source, config).config.model
     except UserError as error:
         return [str(error)]
     pairs = {key: (getattr(there, key), getattr(config.model, key)) for key in (*runs.SHAPE_KEYS, "layer_norm_eps")}

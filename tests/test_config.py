@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, composed, configured
 
 from gpt import config as schema
+from gpt import runs
 from gpt.rules import check, known_keys
 
 # The architect's table: vocabulary, hidden, layers, heads, ffn, positions.
@@ -163,3 +164,13 @@ def test_plain_and_typed_are_inverse() -> None:
 def test_yaml_holds_values_only() -> None:
     for path in Path(ROOT / "conf").rglob("*.yaml"):
         assert "_target_" not in path.read_text(), path
+
+
+def test_a_configuration_of_an_earlier_version_is_read_with_this_commands_values_for_new_keys() -> None:
+    now = configured(["data=tokens", "data.path=x", "generate.top_k=7", "optimizer.lr=5e-4"])
+    stored = schema.plain(configured(["data=tokens", "data.path=x", "optimizer.lr=2e-4"]))
+    stored["generate"].pop("top_k")
+    stored.pop("serve")
+    stored["evaluate"]["max_batches"] = 3
+    read = runs.stored_config(stored, now)
+    assert (read.optimizer.lr, read.generate.top_k, read.serve) == (2e-4, 7, now.serve)

@@ -225,7 +225,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """No such path, or another method."""
     assert isinstance(error, HTTPException)
     what = HTTPStatus(error.status_code).phrase.lower()
-    message = f"{what}: {request.method} {request.url.path[:200]}; this server has {PATHS}"
+    message = f"{what}: {request.method} {request.scope['path'][:200]}; this server has {PATHS}"
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
 
