@@ -55,3 +55,4 @@ class Plan:
     search: bool = False  # rank all layouts of plan.devices devices
     devices: int | None = None  # None: as many as the layout at hand has ranks
     top: int = 10  # layouts to show
+    picture: str | None = None  # file for the pipeline's timeline, .svg or .png

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from gpt import plan
@@ -10,7 +11,9 @@ from gpt.config import Config, UserError, world_size
 from gpt.console import Console
 from gpt.optim import lr_at
 from gpt.plan import tables
+from gpt.plan.picture import draw
 from gpt.plan.search import Candidate, search
+from gpt.plan.timeline import timeline
 from gpt.plan.verdict import Verdict, judge
 
 LAYOUT_KEYS = (
@@ -43,9 +46,20 @@ def show(config: Config, console: Console, overrides: list[str]) -> None:
     if travels := tables.traffic_table(config):
         console.columns(travels.title, travels.header, travels.rows)
     console.table("time", tables.times(config))
+    if config.plan.picture:
+        _draw(config, console, Path(config.plan.picture))
     verdict = judge(config)
     console.verdict(verdict.lines, verdict.fits)
     _require(config, [verdict])
+
+
+def _draw(config: Config, console: Console, path: Path) -> None:
+    line = timeline(config)
+    assert line is not None, "gpt.rules_plan"
+    draw(line, path, f"{config.model.name} {config.device.name}:")
+    idle = ", ".join(f"{line.idle(stage):.1%}" for stage in range(config.parallel.pp_degree))
+    rows = [("step", f"{line.step:.4g} s, of which {line.passes:.4g} s are passes"), ("idle by stage", idle)]
+    console.table("simulation", [*rows, ("picture", str(path))])
 
 
 def _title(config: Config) -> str:
@@ -106,6 +120,8 @@ def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Consol
     planned = [_best(config) if config.plan.search else config for config in legal]
     console.columns(f"plan of {len(cells)} jobs", tables.GRID, [tables.grid_row(config) for config in planned])
     everywhere = set.intersection(*(set(overrides) for overrides, _ in cells))
+    if any(config.plan.picture for config in legal):
+        console.note("plan.picture is of one plan: nothing is drawn for several")
     for overrides, problems in refused:
         console.note(f"not possible: {' '.join(o for o in overrides if o not in everywhere)}: {'; '.join(problems)}")
     for config in planned:

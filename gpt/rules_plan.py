@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from gpt.config import Config, Task, replicas, world_size
 from gpt.config_plan import DeviceSpec
 from gpt.plan.cost import missing
+from gpt.plan.picture import SUFFIXES
 
 POSITIVE = ("memory_gib", "bandwidth_gb_s", "intra_node_gb_s", "inter_node_gb_s", "watts", "per_node")
 
@@ -33,13 +35,30 @@ def plan_problems(config: Config) -> Iterator[str]:
         )
     if plan.require_fit and memory is None:
         yield "plan.require_fit=true needs device.memory_gib: choose a device with device=..."
+    if plan.picture is not None:
+        yield from _picture(config, Path(plan.picture))
     if plan.search and (lacking := _lacking(config)):
-        yield (
-            "plan.search=true on device=cpu needs this host measured: python scripts/calibrate.py, and precision=fp32"
-            if config.device.name == "cpu"
-            else f"plan.search=true ranks by time, for which {config.device.name or 'device=auto'} does not state "
-            f"{', '.join(lacking)}: choose with device=..., or another precision=..."
-        )
+        yield _silent(config, "plan.search=true", "ranks by time", lacking)
+
+
+def _picture(config: Config, path: Path) -> Iterator[str]:
+    if path.suffix not in SUFFIXES:
+        yield f"plan.picture={path}: must end in {' or '.join(SUFFIXES)}"
+    if not path.parent.is_dir():
+        yield f"plan.picture={path}: there is no folder {path.parent}"
+    if config.plan.search:
+        yield f"plan.picture={path} is of the layout at hand: leave plan.search=true away, then draw the one you choose"
+    elif lacking := [key for key in _lacking(config) if key != "device.memory_gib"]:
+        yield _silent(config, f"plan.picture={path}", "shows seconds", lacking)
+
+
+def _silent(config: Config, asked: str, what: str, lacking: list[str]) -> str:
+    if config.device.name == "cpu":
+        return f"{asked} on device=cpu needs this host measured: python scripts/calibrate.py, and precision=fp32"
+    return (
+        f"{asked} {what}, for which {config.device.name or 'device=auto'} does not state {', '.join(lacking)}: "
+        "choose with device=..., or another precision=..."
+    )
 
 
 def _lacking(config: Config) -> list[str]:

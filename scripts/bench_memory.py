@@ -1,18 +1,17 @@
-"""Bytes per rank under every way to share a model out, as Paddle's CPU allocator counts them, beside the theory.
+"""Bytes per rank under every way to share a model out, as Paddle's CPU allocator counts them, beside the plan's.
 
-    python scripts/bench_memory.py
+    python scripts/bench_memory.py                  # all layouts, about ten minutes on two cores
+    python scripts/bench_memory.py parallel=pp2     # these overrides only; nothing is written
 
-Each row is a job of its own: every rank builds the engine and makes three steps on random tokens. 'between steps' is
-what stays (weights, master weights, optimizer state), 'peak' the most at any moment, building included. The theory is
-``gpt.plan.memory``. The table goes into docs/parallel.md.
+Each row is a stage of a job of its own: every rank builds the engine and makes two steps on random tokens. 'Between
+steps' is what stays (weights, master weights, optimizer state), 'peak' the most at any moment, building included. The
+plan's are of ``gpt.plan.footprint``. The table goes into docs/plan-validation.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,45 +20,47 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli, plan  # noqa: E402
-from gpt.config import Config, global_batch_size, plain, typed, world_size  # noqa: E402
+from gpt.config import Config, global_batch_size, typed, world_size  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
-from launchers import host, places  # noqa: E402
+from gpt.plan import footprint  # noqa: E402
+from scripts import rank_jobs  # noqa: E402
 
 MODEL = [
-    "model=tiny", "model.hidden=512", "model.layers=8", "model.heads=8", "model.vocab=8192", "model.positions=256",
-    "data=tokens", "data.path=none", "trainer.micro_batch_size=2", "trainer.global_batch_size=16",
+    "model=tiny", "model.hidden=384", "model.layers=8", "model.heads=8", "model.vocab=4096", "model.positions=256",
+    "data=tokens", "data.path=none", "trainer.micro_batch_size=1", "trainer.global_batch_size=8",
     "cluster.device=cpu",
 ]  # fmt: skip
 STAGED, BY_POSITION = "parallel.sharding_stage", "parallel.sequence_parallel=true"
-LAYOUTS = [
-    ["parallel=single"], ["parallel=single", "model.recompute=core_attn"], ["parallel=single", "model.recompute=full"],
-    ["parallel=dp2"],
-    *(["parallel=sharding2", f"{STAGED}={stage}"] for stage in (1, 2, 3)),
-    *(["parallel=single", "parallel.sharding_degree=4", f"{STAGED}={stage}"] for stage in (1, 2, 3)),
-    ["parallel=single", "parallel.sharding_degree=4", f"{STAGED}=3", "model.recompute=full"],
-    ["parallel=mp2"], ["parallel=mp2", BY_POSITION], ["parallel=single", "parallel.mp_degree=4"],
-    ["parallel=single", "parallel.mp_degree=4", BY_POSITION],
-    ["parallel=pp2"], ["parallel=pp4"], ["parallel=pp4", "model.recompute=full"],
-    ["parallel=mp2_pp2"], ["parallel=mp2_pp2", BY_POSITION], ["parallel=dp2_mp2_pp2"], ["parallel=sharding2_mp2_pp2"],
+KINDS = ["core_attn", "full_attn", "full"]
+SHARDING4, MP4 = ["parallel=single", "parallel.sharding_degree=4"], ["parallel=single", "parallel.mp_degree=4"]
+OTHER = [
+    "model.hidden=256", "model.heads=16", "model.vocab=20000", "model.layers=4", "data.seq_len=512",
+    "model.positions=512", "trainer.micro_batch_size=2",
 ]  # fmt: skip
-STEPS = 3
-
-
-class RandomSamples:
-    """Stands in for ``gpt.data.samples.Samples``."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    def batch(self, first: int, count: int) -> Any:
-        """Samples ``first`` to ``first + count`` of random tokens."""
-        import numpy as np
-
-        from gpt.data.samples import Batch
-
-        shape = (count, self.config.data.seq_len + 1)
-        tokens = np.random.default_rng(first).integers(0, self.config.model.vocab, shape)
-        return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((count, shape[1] - 1), np.float32))
+LAYOUTS = [
+    *(["parallel=single", *kind] for kind in ([], *([f"model.recompute={kind}"] for kind in KINDS))),
+    ["parallel=single", "model.dropout=0.1", "model.attention_dropout=0.1"],
+    ["parallel=single", "model.loss_chunk=128"],
+    ["parallel=single", "trainer.micro_batch_size=8"], ["parallel=dp2"], ["parallel=dp8"],
+    *([f"parallel=sharding2{name}"] for name in ("", "_stage2", "_stage3")),
+    *([*SHARDING4, f"{STAGED}={stage}"] for stage in (1, 2, 3)),
+    *(["parallel=sharding2_stage3", f"model.recompute={kind}"] for kind in KINDS),
+    ["parallel=mp2"], ["parallel=mp2", BY_POSITION], *(["parallel=mp2", f"model.recompute={kind}"] for kind in KINDS),
+    ["parallel=mp2", BY_POSITION, "model.recompute=core_attn"], ["parallel=mp2", BY_POSITION, "model.recompute=full"],
+    MP4, [*MP4, BY_POSITION], ["parallel=dp2_mp2"],
+    ["parallel=pp2"], *(["parallel=pp2", f"model.recompute={kind}"] for kind in KINDS), ["parallel=pp4"],
+    ["parallel=pp4", "parallel.virtual_pp_degree=2"],
+    ["parallel=pp4", "parallel.virtual_pp_degree=2", "trainer.global_batch_size=4"],
+    ["parallel=mp2_pp2"], ["parallel=mp2_pp2", BY_POSITION, "model.recompute=core_attn"],
+    ["parallel=dp2_mp2_pp2"], ["parallel=sharding2_mp2_pp2"],
+    *([*layout, *OTHER] for layout in (["parallel=single"], ["parallel=single", "model.recompute=full"],
+                                       ["parallel=mp2"], ["parallel=pp2"], ["parallel=sharding2_stage3"])),
+]  # fmt: skip
+STEPS = 2
+HEAD = [
+    "| parallel | ranks | stage | between steps | plan | error | peak | plan | error |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
 
 
 def serve(config: Config, answer: Path) -> None:
@@ -71,82 +72,73 @@ def serve(config: Config, answer: Path) -> None:
     from gpt.worker import leave
 
     engine = Engine(config, Topology.connect(config))
-    samples: Any = RandomSamples(config)
+    samples: Any = rank_jobs.RandomSamples(config)
     for number in range(1, STEPS + 1):
         engine.step(number, samples)
     answer.write_text(
         json.dumps(
             {
+                "stage": engine.topology.stage,
                 "between": core.host_memory_stat_current_value("Allocated", 0),
                 "peak": core.host_memory_stat_peak_value("Allocated", 0),
-                "parameters": sum(int(p.size) for p in engine.parameters.values()),
             }
         )
     )
     leave(0)
 
 
-def measure(config: Config, folder: Path) -> list[dict[str, int]]:
-    """What each rank of a job counted."""
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOG_minloglevel": "2"}
-    ranks = []
-    for rank, place in enumerate(places.here(world_size(config), gpu=False)):
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            __file__,
-            "--serve",
-            json.dumps(plain(config)),
-            str(folder / f"{rank}.json"),
-        ]
-        variables = place.variables() if world_size(config) > 1 else {}
-        env = {**os.environ, **one_thread, **host.mkl_settings(), **variables}
-        with open(folder / f"{rank}.log", "wb") as log:
-            ranks.append(subprocess.Popen(command, env=env, stderr=log))
-    codes = [rank.wait() for rank in ranks]
-    for number in (number for number, code in enumerate(codes) if code):
-        sys.exit(f"rank {number} of {config.parallel}:\n{(folder / f'{number}.log').read_text()}")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(ranks))]
-
-
-def row(layout: list[str], folder: Path) -> str:
-    """One line of the table."""
+def rows(layout: list[str]) -> list[tuple[str, float, float]]:
+    """Of every stage its line of the table, and the errors of both predictions."""
     config = cli.job([*MODEL, *layout])
-    found = measure(config, folder)
-    need = plan.memory(config)
-    between, peak = max(rank["between"] for rank in found), max(rank["peak"] for rank in found)
-    stays = need.weights + need.optimizer
-    names = " ".join(part.removeprefix("parallel=").removeprefix("parallel.") for part in layout)
-    figures = [between, stays, peak, need.total]
-    return f"| {names} | {world_size(config)} | " + " | ".join(f"{figure / 2**20:,.0f}" for figure in figures) + " |"
+    found = rank_jobs.answers(__file__, config)
+    shown = [part for part in layout if part not in OTHER]
+    names = " ".join(part.split("=", 1)[1] if part.startswith("parallel=") else part.split(".", 1)[1] for part in shown)
+    names += ", other shape" if OTHER[0] in layout else ""
+    lines = []
+    for stage, need in enumerate(footprint.stages(config)):
+        here = [rank for rank in found if rank["stage"] == stage]
+        between, peak = max(rank["between"] for rank in here), max(rank["peak"] for rank in here)
+        errors = need.between / between - 1, need.total / peak - 1
+        cells = [names, str(world_size(config)), str(stage), _mib(between), _mib(need.between), f"{errors[0]:+.1%}"]
+        cells += [_mib(peak), _mib(need.total), f"{errors[1]:+.1%}"]
+        lines.append((f"| {' | '.join(cells)} |", *errors))
+        print(lines[-1][0], flush=True)
+    return lines
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f}"
 
 
 def main() -> None:
     """Measure all layouts and write the table."""
-    import tempfile
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "parallel.md")
+    parser.add_argument("overrides", nargs="*", help="of one job instead of all layouts")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "plan-validation.md")
     parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         serve(typed(json.loads(arguments.serve[0])), Path(arguments.serve[1]))
+    if arguments.overrides:
+        rows(arguments.overrides)
+        return
+    found = [row for layout in LAYOUTS for row in rows(layout)]
     config = cli.job(MODEL)
     m = config.model
-    lines = [
-        f"`python scripts/bench_memory.py`: {plan.parameters(config):,} parameters ({m.layers} layers, {m.hidden} ",
-        f"wide, vocabulary {m.vocab:,}), {global_batch_size(config)} samples of {config.data.seq_len} tokens in micro ",
-        f"batches of {config.trainer.micro_batch_size}, fp32, dropout {m.dropout}; MiB on the fullest rank.",
+    text = [
+        f"{plan.parameters(config):,} parameters ({m.layers} layers, {m.hidden} wide, vocabulary {m.vocab:,}), "
+        f"{global_batch_size(config)} samples of {config.data.seq_len} tokens in micro batches of "
+        f"{config.trainer.micro_batch_size}, float32, no dropout, unless a row says otherwise; MiB on the fullest rank "
+        "of a stage. *Other shape*: 256 wide, 4 layers, 16 heads, vocabulary 20,000, micro batches of 2 x 512 tokens.",
         "",
-        "| parallel | ranks | between steps | theory: weights + optimizer | peak | theory: all |",
-        "|---|---|---|---|---|---|",
+        *HEAD,
+        *(line for line, *_ in found),
+        "",
+        f"Of {len(found)} rows the largest error is {max(abs(e) for _, e, _ in found):.1%} between steps and "
+        f"{max(abs(e) for *_, e in found):.1%} at the peak; the latter is above 5 % in "
+        f"{sum(abs(e) > 0.05 for *_, e in found)} of them.",
     ]
-    for layout in LAYOUTS:
-        with tempfile.TemporaryDirectory() as folder:
-            lines.append(row(layout, Path(folder)))
-        print(lines[-1], flush=True)
-        replace_section(arguments.output, "memory", "\n".join(lines))
+    replace_section(arguments.output, "memory", "\n".join(text))
 
 
 if __name__ == "__main__":

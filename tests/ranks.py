@@ -43,6 +43,20 @@ def train(config: dict[str, Any], data: dict[str, Any], steps: int) -> dict[str,
     }
 
 
+def allocated(config: dict[str, Any]) -> dict[str, int]:
+    """Bytes of this rank after two steps on random tokens, and the most at any moment."""
+    from paddle.base import core
+
+    from scripts.rank_jobs import RandomSamples
+
+    job = typed(config)
+    engine, samples = Engine(job, Topology.connect(job)), RandomSamples(job)
+    for number in (1, 2):
+        engine.step(number, samples)  # type: ignore[arg-type]
+    statistics = core.host_memory_stat_current_value, core.host_memory_stat_peak_value
+    return {name: value("Allocated", 0) for name, value in zip(("between", "peak"), statistics, strict=True)}
+
+
 def overflow(config: dict[str, Any], data: dict[str, Any]) -> list[Any]:
     """With a loss scale: norm, then that of a step whose gradients overflow on the last rank, scale, weight, norm."""
     job = typed(config)

@@ -28,6 +28,10 @@ FLOORS = [
     {"gpt.shapes"},
     {
         "gpt.plan",
+        "gpt.plan.schedule",
+        "gpt.plan.simulation",
+        "gpt.plan.picture",
+        "gpt.plan.timeline",
         "gpt.plan.counts",
         "gpt.plan.devices",
         "gpt.plan.footprint",

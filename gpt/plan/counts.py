@@ -31,6 +31,7 @@ class Stage:
         elements: all of them.
         owned: those that the fullest rank of the sharding group updates.
         outside: those that are not in a block: tables, the last norm.
+        fetched: those of them that the fullest rank at sharding stage 3 does not own.
         largest: of a single tensor.
         widest: of a single tensor of a block.
         tied: of the word table if it is here as a copy for the head only.
@@ -39,6 +40,7 @@ class Stage:
     elements: int
     owned: int
     outside: int
+    fetched: int
     largest: int
     widest: int
     tied: int
@@ -83,19 +85,21 @@ def _stages(shape: tuple[int, ...], rows: int, mp: int, pp: int, virtual: int, d
     for stage in range(pp):
         outside = {**(first if stage == 0 else {}), **(last if stage == pp - 1 else {})}
         elements = sum(outside.values()) + layers // pp * sum(block.values())
-        owned = elements
+        owned, fetched = elements, 0
         if degree > 1:
             owner, load = _owner(shape, degree), [0] * degree
             for name, count in outside.items():
                 load[owner[name]] += count
+            away = [sum(outside.values()) - own for own in load]
             for layer in layers_of_stage(layers, pp, virtual, stage):
                 for name, count in block.items():
                     load[owner[f"layers.{layer}.{name}"]] += count
             owned = max(load)
+            _, fetched = max((4 * load[rank] + away[rank], away[rank]) for rank in range(degree))
         tied = outside[WORD] if 0 < stage == pp - 1 else 0
         widest = max(block.values())
         largest = max([widest, *outside.values()])
-        found.append(Stage(elements, owned, sum(outside.values()), largest, widest, tied))
+        found.append(Stage(elements, owned, sum(outside.values()), fetched, largest, widest, tied))
     return tuple(found)
 
 

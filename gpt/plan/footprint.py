@@ -18,7 +18,7 @@ from gpt.config import (
     padded_vocab,
 )
 from gpt.config_plan import Attention
-from gpt.plan import counts
+from gpt.plan import counts, schedule
 
 QUERY_BLOCK = 256  # of gpt.kernels, whose attention keeps what is left of the diagonal block and that
 BUCKET_ELEMENTS = 1 << 25  # of gpt.exchange
@@ -95,14 +95,14 @@ def element_size(config: Config) -> int:
 
 
 def in_flight(config: Config, stage: int) -> int:
-    """Micro batches times chunks whose activations a stage holds at once.
+    """Micro batches times chunks whose activations a stage holds at once under Fleet's schedule."""
+    p, micros = config.parallel, accumulate_steps(config)
+    return schedule.in_flight(_order(config), stage, p.pp_degree, micros, p.virtual_pp_degree)
 
-    1F1B: p - i of them on stage i (Narayanan et al., 2019). Interleaved: 2 (p - i - 1) + (v - 1) p + 1 chunks
-    (Narayanan et al., 2021; Fleet's warm-up is the same). Never more than there are.
-    """
-    p, v = config.parallel.pp_degree, config.parallel.virtual_pp_degree
-    chunks = p - stage if v == 1 else 2 * (p - stage - 1) + (v - 1) * p + 1
-    return min(chunks, accumulate_steps(config) * v)
+
+def _order(config: Config) -> schedule.Schedule:
+    p = config.parallel
+    return schedule.of_fleet(p.pp_degree, accumulate_steps(config), p.virtual_pp_degree)
 
 
 def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
@@ -113,20 +113,21 @@ def _stage(config: Config, number: int, part: counts.Stage) -> Memory:
     tokens = config.data.seq_len * micro_batch_size(config)
     held = in_flight(config, number)
     first, last = number == 0, number == p.pp_degree - 1
-    # A second micro batch's gradient of a tensor is there before it is added to the first's; its owner takes a copy.
-    passing = size * part.widest * min(split, 2)
+    passing = size * part.widest  # a tensor's gradient is there before it is added to that of other micro batches
     early = held < accumulate_steps(config) * p.virtual_pp_degree
-    come = size * counts.block_elements(config) if split == 3 else 0
+    come = size * counts.block_elements(config) * (p.sharding_degree - 1) // p.sharding_degree if split == 3 else 0
+    losses = _loss(config, tokens) if last else 0
     if last and on_cpu(config) and p.mp_degree == 1:  # the head's gradients, made in the forward pass, stay to its end
-        come += FP32 * (padded_vocab(config) + tokens) * config.model.hidden
+        come += losses
+    more = accumulate_steps(config) - 1 if _order(config) is schedule.Schedule.f_then_b else 0
     return Memory(
         weights=size * (part.owned if split >= 3 else part.elements),
         gradients=size * (part.owned if split >= 2 else part.elements),
         optimizer=0 if away else slots,
-        activations=round(tokens * _kept(config, number, held, first=first, last=last)),
+        activations=round(tokens * _kept(config, number, held, first=first, last=last)) + more * losses,
         logits=_logits(config, tokens) if last else 0,
         again=round(tokens * _again(config, number)) + come + (passing if early or split > 1 else 0),
-        gathered=size * part.outside if split == 3 else 0,
+        gathered=size * part.fetched if split == 3 else 0,
         buffers=_buffers(config, part),
         host=(slots + FP32 * part.owned * (size == FP32) + FP32 * part.owned) if away else 0,
         early=early,
@@ -225,6 +226,14 @@ def _logits(config: Config, tokens: int) -> int:
         return round(4 * FP32 * rows * columns)
     parts = 1 if rows == tokens else 2
     return round(FP32 * (rows * columns + parts * (columns + tokens) * m.hidden))
+
+
+def _loss(config: Config, tokens: int) -> int:
+    """What a loss keeps for its backward pass: on a CPU its gradients, else probabilities unless it is in chunks."""
+    m, mp = config.model, config.parallel.mp_degree
+    if on_cpu(config) and mp == 1:
+        return FP32 * (padded_vocab(config) + tokens) * m.hidden
+    return 0 if m.loss_chunk else FP32 * tokens * padded_vocab(config) // mp
 
 
 def _buffers(config: Config, part: counts.Stage) -> int:
