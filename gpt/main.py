@@ -19,9 +19,9 @@ from omegaconf import DictConfig  # noqa: E402
 
 from gpt import cli, driver, follow, planning  # noqa: E402
 from gpt.config import UserError  # noqa: E402
-from gpt.driver import JobFailed  # noqa: E402
 from gpt.files import conf_dir  # noqa: E402
 from gpt.guard import BAD_INPUT, FAILED  # noqa: E402
+from gpt.launching import JobFailed  # noqa: E402
 from launchers import roles  # noqa: E402
 
 STOPPED = (130, 143)

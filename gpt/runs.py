@@ -56,6 +56,8 @@ def run_name(config: dict[str, Any], parallel: str) -> str:
         for section in sections:
             node = node.get(section, {})
         node.pop(leaf, None)
+    if kept.get("checkpoint") is None:  # runs of versions that could not start from given weights keep their names
+        kept.pop("checkpoint", None)
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config['model']['name']}_{parallel}_{digest}"
 

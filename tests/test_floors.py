@@ -99,6 +99,7 @@ FLOORS = [
         "gpt.tasks.pretrain",
         "gpt.tasks.serve",
     },
+    {"gpt.launching"},
     {"gpt.worker", "gpt.driver", "gpt.planning", "gpt.follow", "gpt.cli"},
     {"gpt.main", "gpt.harness"},
 ]

@@ -12,6 +12,7 @@ import pytest
 from conftest import configured
 
 from gpt import log, runs
+from gpt.config import plain
 from gpt.data.corpus import Part, Prepared
 from gpt.report import loss_curve
 from gpt.runs import Job
@@ -116,8 +117,6 @@ def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
 
 
 def test_a_run_is_named_after_what_it_computes() -> None:
-    from gpt.config import plain
-
     base = plain(configured([]))
     name = runs.run_name(base, "single")
     assert name.startswith("tiny_single_")
@@ -125,3 +124,8 @@ def test_a_run_is_named_after_what_it_computes() -> None:
         assert runs.run_name(plain(configured(same)), "single") == name
     for other in (["seed=2"], ["optimizer.lr=1e-3"], ["trainer.max_steps=9"], ["data.seq_len=64"]):
         assert runs.run_name(plain(configured(other)), "single") != name
+
+
+def test_the_default_run_keeps_its_name_from_version_to_version() -> None:
+    """The name of 0.1.0's first runs: with another one the same command would start afresh beside them."""
+    assert runs.run_name(plain(configured([])), "single") == "tiny_single_faf5290b"
