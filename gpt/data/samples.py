@@ -100,10 +100,12 @@ class Samples:
         shuffled: False reads the windows in file order, each once, for a whole-split evaluation.
 
     Raises:
-        UserError: the split holds too few tokens for one sample.
+        UserError: there is no data, or the split holds too few tokens for one sample.
     """
 
     def __init__(self, config: Config, prepared: Prepared, split: Split, *, shuffled: bool = True) -> None:
+        if not prepared.parts:  # weights from elsewhere came without data
+            raise UserError("this checkpoint came without data: name some with data=... data.path=...")
         self.seq_len = config.data.seq_len
         self.eot_id = prepared.eot_id if config.data.mask_eot else None
         self.repeat = global_batch_size(config) if config.data.overfit and split is Split.train else None

@@ -1,0 +1,94 @@
+"""A run starts with the weights that it is given, and with nothing else of theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Ran, configured, metrics
+from foreign import gpt2, torch_logits
+
+from gpt import checkpoint, saving
+from gpt.config import Device, plain
+from gpt.config_text import Split
+from gpt.data import corpus, tokenizer
+from gpt.data.samples import Samples
+from gpt.engine import Engine
+from gpt.runs import Job
+from gpt.tasks import pretrain
+from gpt.topology import Topology
+
+
+def engine_of(job: Job) -> Engine:
+    return Engine(job.config, Topology(job.config.parallel, Device.cpu))
+
+
+def test_given_weights_come_without_moments_and_own_checkpoints_win(small: list[str], tmp_path: Path) -> None:
+    config = configured(small)
+    data = corpus.prepare(config)
+    job = Job(config, data, tmp_path / "run", [])
+    first, samples = engine_of(job), Samples(config, data, Split.train)
+    for number in (1, 2, 3):
+        first.step(number, samples)
+    model, slots, rest = first.state()
+    state = {"step": 3, "config": plain(config), "data": data.plain(), "data_fingerprint": data.fingerprint, **rest}
+    saving.write_alone(tmp_path / "given", saving.Part(3, model, slots, state))
+
+    for offload in (False, True):  # whose weights in host memory must be the given ones too
+        theirs = dataclasses.replace(config.optimizer, offload=offload)
+        given = dataclasses.replace(config, checkpoint=str(tmp_path / "given"), optimizer=theirs, seed=config.seed)
+        job = Job(given, data, tmp_path / "run", [])
+        second = engine_of(job)
+        assert pretrain.restore(job, second) == 0
+        assert all(np.array_equal(p.numpy(), model[name].array) for name, p in second.parameters.items())
+        fresh = engine_of(job)
+        for name, p in fresh.parameters.items():
+            p.set_value(first.parameters[name])
+        if not offload:
+            wanted = fresh.step(1, samples).loss, fresh.step(2, samples).loss
+        assert (second.step(1, samples).loss, second.step(2, samples).loss) == wanted
+
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    own = saving.Part(2, *second.state()[:2], {**state, "step": 2})
+    saving.write_alone(checkpoint.folder_of(tmp_path / "run", 2), own)
+    assert pretrain.restore(job, engine_of(job)) == 2
+
+
+@pytest.mark.slow
+def test_imported_weights_write_the_text_that_transformers_writes_and_start_a_run(
+    gpt: Callable[..., Ran], tmp_path: Path
+) -> None:
+    theirs = gpt2(tmp_path / "hf", vocab_size=300, n_embd=32, n_head=2, n_positions=32)
+    text = "the cat sat on the mat and the dog saw the cat, and so on and so on.\n" * 200
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer.train([text], 290, tmp_path / "hf/tokenizer.json")
+    assert gpt("task=import_weights", "import_weights.source=hf", "import_weights.output=out").code == 0
+
+    asked = ["task=generate", "checkpoint=out", "prompt=the dog", "generate.temperature=0", "generate.max_new_tokens=9"]
+    ran = gpt(*asked, "generate.output=said.jsonl")
+    assert ran.code == 0, ran.text
+    encoder = tokenizer.open_encoder(tmp_path / "out/tokenizer.json")
+    row = encoder.encode("the dog").tolist()
+    for _ in range(9):
+        row.append(int(torch_logits(theirs, np.array([row]))[0, -1].argmax()))
+    new = row[-9:][: row[-9:].index(0)] if 0 in row[-9:] else row[-9:]
+    (said,) = (json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines())
+    assert said["text"] == encoder.decode(new)
+
+    prepare = ["task=prepare", "prepare.input=text.txt", "prepare.output=set", "prepare.document=line"]
+    assert gpt(*prepare, "prepare.tokenizer=out/tokenizer.json").code == 0
+    shape = ["model.vocab=300", "model.hidden=32", "model.heads=2", "model.layers=2", "model.positions=32"]
+    train = [*shape, "data=tokens", "data.path=set", "checkpoint=out", "trainer.max_steps=2", "trainer.save_every=1"]
+    train += ["schedule.warmup_steps=1", "trainer.global_batch_size=4", "hydra.run.dir=run"]
+    ran = gpt(*train)
+    assert ran.code == 0, ran.text
+    assert "at step 0 with fresh moments" in ran.out
+    first = metrics(tmp_path / "run")
+    assert gpt(*train, "trainer.max_steps=3").code == 0
+    again = metrics(tmp_path / "run")
+    assert [r["train/loss"] for r in again[:2]] == [r["train/loss"] for r in first]
+    assert again[2]["step"] == 3
