@@ -12,7 +12,7 @@ import pytest
 from conftest import Ran, configured, metrics
 from foreign import gpt2, torch_logits
 
-from gpt import checkpoint, saving
+from gpt import checkpoint, optim, saving
 from gpt.config import Device, plain
 from gpt.config_text import Split
 from gpt.data import corpus, tokenizer
@@ -38,7 +38,7 @@ def test_given_weights_come_without_moments_and_own_checkpoints_win(small: list[
     state = {"step": 3, "config": plain(config), "data": data.plain(), "data_fingerprint": data.fingerprint, **rest}
     saving.write_alone(tmp_path / "given", saving.Part(3, model, slots, state))
 
-    for offload in (False, True):  # whose weights in host memory must be the given ones too
+    for offload in (False, True):
         theirs = dataclasses.replace(config.optimizer, offload=offload)
         given = dataclasses.replace(config, checkpoint=str(tmp_path / "given"), optimizer=theirs, seed=config.seed)
         job = Job(given, data, tmp_path / "run", [])
@@ -56,6 +56,23 @@ def test_given_weights_come_without_moments_and_own_checkpoints_win(small: list[
     own = saving.Part(2, *second.state()[:2], {**state, "step": 2})
     saving.write_alone(checkpoint.folder_of(tmp_path / "run", 2), own)
     assert pretrain.restore(job, engine_of(job)) == 2
+
+
+def test_float32_copies_of_an_optimizer_are_the_given_weights(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(small)
+    data = corpus.prepare(config)
+    model, _, _ = engine_of(Job(config, data, tmp_path, [])).state()
+    state = {"step": 3, "config": plain(config)}
+    saving.write_alone(tmp_path / "given", saving.Part(3, model, {}, state))
+    given = checkpoint.Checkpoint(tmp_path / "given").model()
+    told: list[dict[str, np.ndarray]] = []
+    monkeypatch.setattr(optim, "restore", lambda *arguments: told.append(arguments[3]))  # on a CPU they are shared
+    for override, copies in (("optimizer.offload=false", 0), ("optimizer.offload=true", 1)):
+        engine_of(Job(configured([*small, override]), data, tmp_path, [])).load(given, None, {})
+        assert len(told) == copies
+    assert all(np.array_equal(told[0][name], model[name].array) for name in model)
 
 
 @pytest.mark.slow
