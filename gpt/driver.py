@@ -11,7 +11,7 @@ from gpt import evaluation, plan, planning, rules, runs, trained
 from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
-from gpt.data import corpus
+from gpt.data import corpus, vocabularies
 from gpt.data.prepare import build
 from gpt.data.samples import Samples
 from gpt.guard import FAILED
@@ -171,7 +171,8 @@ def _on_other_data(job: Job, config: Config, console: Console, kept: set[str]) -
     if problems:
         raise UserError.of(problems)
     data = corpus.prepare(job.config, console.note)
-    if data.tokenizer_digest and job.data.tokenizer_digest and data.tokenizer_digest != job.data.tokenizer_digest:
+    there = trained.vocabulary(job)
+    if there and data.tokenizer and not vocabularies.same(there, Path(data.tokenizer)):
         raise UserError(
             "this data is of another tokenizer than the model, whose loss on it means nothing: "
             "evaluate.kind=text evaluate.path=... tokenises a text as the model wants it"

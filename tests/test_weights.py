@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ def test_half_precision_files_are_widened_exactly(tmp_path: Path, dtype: str) ->
         there = archives.open_file(tmp_path / name)["a"].read()
         assert there.dtype == np.float32
         np.testing.assert_array_equal(there.T if turned else there, value.float().numpy())
+
+
+def test_pickles_of_older_numpy_and_python_are_read(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.asfortranarray(np.eye(2, 3, dtype=np.float64))}
+    old = pickle.dumps(arrays, protocol=2).replace(b"numpy._core.", b"numpy.core.")
+    assert b"numpy.core.multiarray" in old
+    assert b"_codecs" in old
+    (tmp_path / "a.pdparams").write_bytes(old)
+    there = archives.open_file(tmp_path / "a.pdparams")
+    assert all(np.array_equal(there[name].read(), arrays[name]) for name in arrays)
 
 
 def test_export_of_an_import_is_bit_equal_and_transformers_loads_it(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from gpt import checkpoint
 from gpt.config import global_batch_size, one_rank
 from gpt.config_text import Split
 from gpt.config_weights import Target
+from gpt.data import tokens
 from gpt.data.samples import Samples
 from gpt.engine import Engine
 from gpt.log import say
@@ -37,7 +38,8 @@ def run(job: Job) -> int:
 
 def _cost(job: Job, found: checkpoint.Checkpoint, topology: Topology) -> str:
     """What eight bits do to the loss on the validation split, or on the first ``evaluate.max_samples`` of it."""
-    if not all(Path(f"{part.path}_ids.npy").exists() for part in job.data.parts) or not job.data.parts:
+    files = [tokens.paths_of(part.path)[0] for part in job.data.parts]
+    if not files or not all(file.exists() for file in files):
         return "what eight bits cost is not measured: the data of this checkpoint is not here"
     samples = Samples(job.config, job.data, Split.val, shuffled=False)
     wanted = min(job.config.evaluate.max_samples or len(samples), len(samples))
