@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from gpt import checkpoint
-from gpt.config import Config, typed
+from gpt.config import Config, Model, typed
 from gpt.data.tokens import Array
 from gpt.engine import Engine
 from gpt.model import GPT
@@ -47,6 +47,11 @@ def torch_logits(model: Any, tokens_BT: Array) -> Array:
     with torch.no_grad():
         logits: Array = model(torch.from_numpy(tokens_BT)).logits.numpy()
     return logits
+
+
+def shape(found: checkpoint.Checkpoint) -> Model:
+    """Of the model that a checkpoint is of."""
+    return typed(found.state["config"]).model
 
 
 def loaded(folder: Path) -> GPT:

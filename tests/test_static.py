@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 import pytest
 from conftest import ROOT, configured
-from foreign import greedy, loaded, logits, random_parameters
+from foreign import greedy, loaded, logits, random_parameters, shape
 
 from gpt import checkpoint, saving
 from gpt.config import Config, plain
@@ -43,8 +43,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders ``checkpoint``, ``paddle`` and ``int8``."""
     folder = tmp_path_factory.mktemp("exported")
     found = made(folder)
-    static.export(found, folder / "paddle", small=False)
-    static.export(found, folder / "int8", small=True)
+    static.export(found, shape(found), folder / "paddle", small=False)
+    static.export(found, shape(found), folder / "int8", small=True)
     return folder
 
 

@@ -23,6 +23,9 @@ from foreign import (
     save_fleetx,
     torch_logits,
 )
+from foreign import (
+    shape as shape_of,
+)
 from safetensors.numpy import load_file
 
 from gpt import checkpoint
@@ -122,7 +125,7 @@ def test_export_of_an_import_is_bit_equal_and_transformers_loads_it(tmp_path: Pa
 
     theirs = gpt2(tmp_path / "hf")
     found = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "out"))
-    exporting.to_huggingface(found, tmp_path / "back")
+    exporting.to_huggingface(found, shape_of(found), tmp_path / "back")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert set(before) == set(after)
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -137,7 +140,7 @@ def test_import_of_an_export_is_bit_equal_and_keeps_shape_and_tokenizer(tmp_path
     gpt2(tmp_path / "hf")
     (tmp_path / "hf/tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text())
     first = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "one"))
-    exporting.to_huggingface(first, tmp_path / "exported")
+    exporting.to_huggingface(first, shape_of(first), tmp_path / "exported")
     second = checkpoint.Checkpoint(imported(tmp_path / "exported", tmp_path / "two"))
     assert all(np.array_equal(first.model()[name], second.model()[name]) for name in first.model())
     shapes = [{**c.state["config"]["model"], "name": ""} for c in (first, second)]

@@ -24,9 +24,9 @@ def run(job: Job) -> int:
     found = checkpoint.require(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"))
     topology, output = Topology.connect(config), Path(str(asked.output))
     if asked.format is Target.huggingface:
-        names = exporting.to_huggingface(found, output)
+        names = exporting.to_huggingface(found, config.model, output)
     else:
-        names = static.export(found, output, small=asked.format is Target.int8)
+        names = static.export(found, config.model, output, small=asked.format is Target.int8)
     size = sum((output / name).stat().st_size for name in names)
     say(f"exported step {found.state['step']:,} to {output}: {', '.join(names)} ({size / 1e6:,.1f} MB)")
     if found.tokenizer is None:

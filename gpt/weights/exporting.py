@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt import slices
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config, Model, typed, world_size
+from gpt.config import Config, Model, world_size
 from gpt.data import tokenizer
 from gpt.files import atomic_directory
 from gpt.shapes import WORD
@@ -31,28 +31,27 @@ def check(config: Config) -> list[str]:
     return problems
 
 
-def to_huggingface(found: Checkpoint, output: Path) -> list[str]:
+def to_huggingface(found: Checkpoint, model: Model, output: Path) -> list[str]:
     """Write ``config.json``, ``model.safetensors`` in float32 and the tokenizer's files; returns their names.
 
     Raises:
         OSError: the disk is full or gone; nothing is left.
     """
-    config = typed(found.state["config"])
     stored, pieces = found.model(), {}
-    for ours, theirs in huggingface.names(config.model.layers):
+    for ours, theirs in huggingface.names(model.layers):
         array = stored[ours]
         if ours == WORD:
-            array = array[: config.model.vocab]
+            array = array[: model.vocab]
         if ".qkv." in ours:
-            array = huggingface.by_kind(array, config.model.heads)
+            array = huggingface.by_kind(array, model.heads)
         array = np.ascontiguousarray(array)
         pieces[f"transformer.{theirs}"] = Piece(list(array.shape), Slice(0, 0, array.shape[0]), array)
     eot = tokenizer.open_encoder(found.tokenizer).eot if found.tokenizer else found.state["data"]["eot_id"]
     with atomic_directory(output) as folder:
         slices.write(folder / "model.safetensors", pieces, {"format": "pt"})
-        _write(folder / "config.json", _said(config.model, eot))
+        _write(folder / "config.json", _said(model, eot))
         if found.tokenizer:
-            _tokenizer(found.tokenizer, folder, config.model.positions)
+            _tokenizer(found.tokenizer, folder, model.positions)
         return sorted(path.name for path in folder.iterdir())
 
 

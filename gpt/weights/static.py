@@ -25,7 +25,7 @@ from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from gpt.checkpoint import Checkpoint
-from gpt.config import Config, Model, typed
+from gpt.config import Model
 from gpt.data import tokenizer
 from gpt.files import atomic_directory, write_json
 from gpt.shapes import WORD
@@ -152,14 +152,13 @@ class Step(nn.Layer):  # type: ignore[misc]
         return logits, paddle.stack(now)
 
 
-def export(found: Checkpoint, output: Path, *, small: bool) -> list[str]:
+def export(found: Checkpoint, model: Model, output: Path, *, small: bool) -> list[str]:
     """Write the static model and what there is to know to use it; returns the names of the files.
 
     Raises:
         OSError: the disk is full or gone; nothing is left.
     """
-    config = typed(found.state["config"])
-    m = config.model
+    m = model
     core = Static(Parameters(found.model(), m, small=small), m)
     core.eval()
     tokens = paddle.static.InputSpec([None, None], "int64", "tokens")
@@ -171,7 +170,7 @@ def export(found: Checkpoint, output: Path, *, small: bool) -> list[str]:
                 warnings.simplefilter("ignore")  # of Paddle's tracer, about itself
                 paddle.jit.save(layer, str(folder / name), input_spec=inputs)
         _share(folder / "model.pdiparams", folder / "step.pdiparams")
-        write_json(folder / "model_info.json", _info(found, config, small))
+        write_json(folder / "model_info.json", _info(found, model, small))
         if found.tokenizer:
             shutil.copyfile(found.tokenizer, folder / found.tokenizer.name)
         return sorted(path.name for path in folder.iterdir())
@@ -183,8 +182,7 @@ def _share(first: Path, second: Path) -> None:
     second.unlink()
 
 
-def _info(found: Checkpoint, config: Config, small: bool) -> dict[str, Any]:
-    m = config.model
+def _info(found: Checkpoint, m: Model, small: bool) -> dict[str, Any]:
     eot = tokenizer.open_encoder(found.tokenizer).eot if found.tokenizer else found.state["data"]["eot_id"]
     return {
         "format": 1,
