@@ -1,18 +1,23 @@
 """What decoding does a few rows at a time, on a CPU: see ``gpt.kernels``.
 
-B batch, T new positions, N heads, D head size, S columns of the cache.
+A single new token of a row passes a block in 1 ms or less, of which calls to Paddle would be two thirds; so between
+the matrix products this is numpy on Paddle's memory, and for a single row the products too.
+
+B batch, T new positions, M = B T rows, N heads, D head size, H = N D hidden, F ffn, S columns of the cache.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle import Tensor
 
+from gpt.cache import Cache
 from gpt.data.tokens import Array
-from gpt.kernels import view
+from gpt.kernels import FEW_ROWS, Gelu, matmul_into, view
 
 MASKED = np.float32(-1e30)  # finite: a column of padding may look at nothing but padding
 
@@ -20,9 +25,16 @@ MASKED = np.float32(-1e30)  # finite: a column of padding may look at nothing bu
 def attention(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, start: int, pads_B: Array) -> Tensor:
     """``gpt.ops.attention_after`` on Paddle's memory."""
     B, T, N, E = qkv_BTNE.shape
-    D, stop = E // 3, start + T
-    qkv = view(qkv_BTNE.contiguous()).reshape(B, T, N, 3, D).transpose(3, 0, 2, 1, 4)
-    keys, values = view(keys_BNSD), view(values_BNSD)
+    out = paddle.empty([B, T, N, E // 3], qkv_BTNE.dtype)
+    qkv = view(qkv_BTNE.contiguous()).reshape(B, T, N, 3, E // 3)
+    _attend(qkv, view(keys_BNSD), view(values_BNSD), start, pads_B, view(out))
+    return out
+
+
+def _attend(qkv_BTN3D: Array, keys: Array, values: Array, start: int, pads_B: Array, out_BTND: Array) -> None:
+    """Put the new keys and values into the cache, and what is seen of it into ``out_BTND``."""
+    T, D, stop = qkv_BTN3D.shape[1], qkv_BTN3D.shape[-1], start + qkv_BTN3D.shape[1]
+    qkv = qkv_BTN3D.transpose(3, 0, 2, 1, 4)
     keys[:, :, start:stop], values[:, :, start:stop] = qkv[1], qkv[2]
     scores = np.matmul(qkv[0] * np.float32(1 / math.sqrt(D)), keys[:, :, :stop].swapaxes(-1, -2))
     if T > 1:
@@ -33,6 +45,60 @@ def attention(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, start: i
     np.exp(scores, out=scores)
     mixed = np.matmul(scores, values[:, :, :stop])
     mixed /= scores.sum(-1, keepdims=True)
-    out = paddle.empty([B, T, N, D], qkv_BTNE.dtype)
-    view(out)[...] = mixed.transpose(0, 2, 1, 3)
-    return out
+    out_BTND[...] = mixed.transpose(0, 2, 1, 3)
+
+
+def fits(x_BTH: Tensor) -> bool:
+    """Whether ``Few`` is the way for these rows: on a CPU, in float32, and not many."""
+    few = x_BTH.shape[0] * x_BTH.shape[1] < FEW_ROWS
+    return few and bool(x_BTH.place.is_cpu_place()) and x_BTH.dtype == paddle.float32
+
+
+class Few:
+    """Blocks of one rank, whole, on a few rows.
+
+    Args:
+        blocks: of ``gpt.model``, on the CPU, in float32; they must not change while this is used.
+    """
+
+    def __init__(self, blocks: list[Any]) -> None:
+        self._blocks = [{name: (p, view(p)) for name, p in block.named_parameters()} for block in blocks]
+        self._heads = blocks[0].attention.heads
+        self._eps = np.float32(blocks[0].norm1.epsilon)
+
+    def run(self, x_BTH: Tensor, cache: Cache) -> Tensor:
+        """What ``Block.step`` of one block after the other makes of BTH."""
+        B, T, H = x_BTH.shape
+        residual = paddle.empty([B * T, H], "float32")
+        x = view(residual)
+        x[...] = view(x_BTH.contiguous()).reshape(B * T, H)
+        normed, mixed = (paddle.empty([B * T, H], "float32") for _ in range(2))
+        n, m = view(normed), view(mixed)
+        m_BTND = m.reshape(B, T, self._heads, -1)
+        for i, p in enumerate(self._blocks):
+            self._norm(x, p, "norm1", n)
+            _, qkv = _linear(normed, n, p, "attention.qkv")
+            keys, values = view(cache.keys[i]), view(cache.values[i])
+            _attend(qkv.reshape(B, T, self._heads, 3, -1), keys, values, cache.length, cache.pads_B, m_BTND)
+            x += _linear(mixed, m, p, "attention.out")[1]
+            self._norm(x, p, "norm2", n)
+            inner, f = _linear(normed, n, p, "fc1")
+            Gelu.in_place(f)
+            x += _linear(inner, f, p, "fc2")[1]
+        return residual.reshape([B, T, H])
+
+    def _norm(self, x: Array, p: dict[str, tuple[Tensor, Array]], name: str, out: Array) -> None:
+        """LayerNorm over the last axis."""
+        H = np.float32(x.shape[-1])
+        np.subtract(x, x.sum(-1, keepdims=True) / H, out=out)
+        out *= (1 / np.sqrt(np.einsum("mh,mh->m", out, out) / H + self._eps))[:, None]
+        out *= p[f"{name}.weight"][1]
+        out += p[f"{name}.bias"][1]
+
+
+def _linear(x: Tensor, rows: Array, p: dict[str, tuple[Tensor, Array]], name: str) -> tuple[Tensor, Array]:
+    """x w + b, and its memory; ``rows`` is that of ``x``."""
+    weight, w = p[f"{name}.weight"]
+    out, o = matmul_into(x, rows, weight, w)
+    o += p[f"{name}.bias"][1]
+    return out, o

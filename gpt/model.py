@@ -14,7 +14,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 
-from gpt import ops, stages
+from gpt import kernels_decode, ops, stages
 from gpt.cache import Cache
 from gpt.config import Config, Recompute, padded_vocab
 from gpt.data.tokens import Array
@@ -194,6 +194,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
     def new_cache(self, columns: int, pads_B: Array) -> Cache:
         """Room for ``columns`` positions of as many rows as ``pads_B`` has; see ``Cache``."""
         m, mp = self.config.model, self.topology.parallel.mp_degree
+        self._few = kernels_decode.Few(list(self.layers.values()))
         shape = [len(pads_B), m.heads // mp, columns, m.hidden // m.heads]
         return Cache(len(self.layers), shape, self.dtype, pads_B)
 
@@ -207,7 +208,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
         x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
         if self.topology.stage == 0:
             x_BTH = self.word(tokens_BT) + self.position(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
-        x_BTH = stages.relay(self.topology, x_BTH, lambda x: self._blocks(x, cache))
+        x_BTH = stages.relay(self.topology, x_BTH, lambda x: self._run_blocks(x, cache))
         cache.length += tokens_BT.shape[1]
         return x_BTH
 
@@ -220,7 +221,9 @@ class GPT(nn.Layer):  # type: ignore[misc]
         shape = [tokens_BT.shape[0], self.config.model.vocab]
         return stages.from_last(self.topology, shape, self.dtype, lambda: self._head(x_BTH[:, -1]))
 
-    def _blocks(self, x_BTH: Tensor, cache: Cache) -> Tensor:
+    def _run_blocks(self, x_BTH: Tensor, cache: Cache) -> Tensor:
+        if self.topology.parallel.mp_degree == 1 and kernels_decode.fits(x_BTH):
+            return self._few.run(x_BTH, cache)
         for i, block in enumerate(self.layers.values()):
             x_BTH = block.step(x_BTH, cache, i)
         return x_BTH

@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.config import Config, Device  # noqa: E402
+from gpt.config import Config, Device, Task  # noqa: E402
 from gpt.data.tokens import Array  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
 from launchers import host, local  # noqa: E402
@@ -119,7 +119,9 @@ def start(variant: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     """A child in the environment of its variant."""
     env = {**os.environ, "OMP_NUM_THREADS": str(host.cores()), "GLIBC_TUNABLES": local.MALLOC}
     if variant == "ours":
-        env = local.environment(configuration(arguments.model, 1, 0.0), 1, live=False)
+        config = configuration(arguments.model, 1, 0.0)
+        config.task = Task.generate
+        env = local.environment(config, 1, live=False)
     env["PYTHONPATH"] = str(ROOT)
     options = ["--model", arguments.model, "--prompt", str(arguments.prompt), "--new", str(arguments.new)]
     batches = ["--batch", *map(str, arguments.batch)]
