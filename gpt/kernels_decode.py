@@ -17,8 +17,9 @@ from paddle import Tensor
 
 from gpt.cache import Cache
 from gpt.data.tokens import Array
-from gpt.kernels import FEW_ROWS, Gelu, matmul_into, view
+from gpt.kernels import Gelu, matmul_into, view
 
+FEW_ELEMENTS = 1 << 15  # that one thread is done with before another would be awake
 MASKED = np.float32(-1e30)  # finite: a column of padding may look at nothing but padding
 
 
@@ -50,8 +51,7 @@ def _attend(qkv_BTN3D: Array, keys: Array, values: Array, start: int, pads_B: Ar
 
 def fits(x_BTH: Tensor) -> bool:
     """Whether ``Few`` is the way for these rows: on a CPU, in float32, and not many."""
-    few = x_BTH.shape[0] * x_BTH.shape[1] < FEW_ROWS
-    return few and bool(x_BTH.place.is_cpu_place()) and x_BTH.dtype == paddle.float32
+    return x_BTH.size <= FEW_ELEMENTS and bool(x_BTH.place.is_cpu_place()) and x_BTH.dtype == paddle.float32
 
 
 class Few:

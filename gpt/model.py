@@ -205,8 +205,9 @@ class GPT(nn.Layer):  # type: ignore[misc]
             tokens_BT: int64, the next columns of all rows.
             cache: of ``new_cache``, with room for T more columns.
         """
-        x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
-        if self.topology.stage == 0:
+        if self.topology.stage > 0:
+            x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
+        else:
             x_BTH = self.word(tokens_BT) + self.position(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
         x_BTH = stages.relay(self.topology, x_BTH, lambda x: self._run_blocks(x, cache))
         cache.length += tokens_BT.shape[1]

@@ -108,6 +108,17 @@ def test_a_long_prompt_is_read_in_parts(writer: ModelWriter, monkeypatch: pytest
         np.testing.assert_allclose(decoder.logits_BV[row], logits(writer, past), rtol=1e-3, atol=1e-3)
 
 
+def test_rows_that_pad_the_table_are_not_among_what_can_be_chosen(writer: ModelWriter) -> None:
+    table = writer.model.word.weight
+    before = table.numpy()
+    try:
+        table.set_value(np.concatenate([before[:VOCAB], 100 * np.ones_like(before[VOCAB:])]))
+        decoder = Decoder(writer.model, [[1], [2, 3]], 1)
+        assert (table.shape[0], decoder.logits_BV.shape) == (384, (2, VOCAB))
+    finally:
+        table.set_value(before)
+
+
 # --- choosing ---
 
 
