@@ -17,7 +17,7 @@ from paddle import Tensor
 
 from gpt.cache import Cache
 from gpt.data.tokens import Array
-from gpt.kernels import Gelu, matmul_into, view
+from gpt.kernels import VECTOR_ROWS, Gelu, view
 
 FEW_ELEMENTS = 1 << 15  # that one thread is done with before another would be awake
 MASKED = np.float32(-1e30)  # finite: a column of padding may look at nothing but padding
@@ -49,30 +49,34 @@ def _attend(qkv_BTN3D: Array, keys: Array, values: Array, start: int, pads_B: Ar
     out_BTND[...] = mixed.transpose(0, 2, 1, 3)
 
 
-def fits(x_BTH: Tensor) -> bool:
-    """Whether ``Few`` is the way for these rows: on a CPU, in float32, and not many."""
-    return x_BTH.size <= FEW_ELEMENTS and bool(x_BTH.place.is_cpu_place()) and x_BTH.dtype == paddle.float32
+def fits(rows: int, table: Tensor) -> bool:
+    """Whether ``Few`` is the way for so many rows of a model with this table: a CPU, float32, and not much work."""
+    few = rows * table.shape[1] <= FEW_ELEMENTS
+    return few and bool(table.place.is_cpu_place()) and table.dtype == paddle.float32
 
 
 class Few:
-    """Blocks of one rank, whole, on a few rows.
+    """A model of one rank, up to its last block, on a few rows.
 
     Args:
-        blocks: of ``gpt.model``, on the CPU, in float32; they must not change while this is used.
+        word: the table.
+        position: the table of the positions.
+        blocks: of ``gpt.model``; all on the CPU, in float32, and they must not change while this is used.
     """
 
-    def __init__(self, blocks: list[Any]) -> None:
+    def __init__(self, word: Tensor, position: Tensor, blocks: list[Any]) -> None:
+        self._word, self._position = view(word), view(position)
         self._blocks = [{name: (p, view(p)) for name, p in block.named_parameters()} for block in blocks]
         self._heads = blocks[0].attention.heads
         self._eps = np.float32(blocks[0].norm1.epsilon)
 
-    def run(self, x_BTH: Tensor, cache: Cache) -> Tensor:
-        """What ``Block.step`` of one block after the other makes of BTH."""
-        B, T, H = x_BTH.shape
-        residual = paddle.empty([B * T, H], "float32")
-        x = view(residual)
-        x[...] = view(x_BTH.contiguous()).reshape(B * T, H)
-        normed, mixed = (paddle.empty([B * T, H], "float32") for _ in range(2))
+    def run(self, tokens_BT: Array, cache: Cache) -> Tensor:
+        """Hidden states BTH: what embedding and ``Block.step`` of one block after the other make of the tokens."""
+        B, T = tokens_BT.shape
+        out = paddle.empty([B, T, self._word.shape[1]], "float32")
+        x = view(out).reshape(B * T, -1)
+        np.add(self._word[tokens_BT.ravel()], self._position[cache.positions(T).ravel()], out=x)
+        normed, mixed = paddle.empty(x.shape, "float32"), paddle.empty(x.shape, "float32")
         n, m = view(normed), view(mixed)
         m_BTND = m.reshape(B, T, self._heads, -1)
         for i, p in enumerate(self._blocks):
@@ -85,7 +89,7 @@ class Few:
             inner, f = _linear(normed, n, p, "fc1")
             Gelu.in_place(f)
             x += _linear(inner, f, p, "fc2")[1]
-        return residual.reshape([B, T, H])
+        return out
 
     def _norm(self, x: Array, p: dict[str, tuple[Tensor, Array]], name: str, out: Array) -> None:
         """LayerNorm over the last axis."""
@@ -96,9 +100,12 @@ class Few:
         out += p[f"{name}.bias"][1]
 
 
-def _linear(x: Tensor, rows: Array, p: dict[str, tuple[Tensor, Array]], name: str) -> tuple[Tensor, Array]:
-    """x w + b, and its memory; ``rows`` is that of ``x``."""
+def _linear(
+    x: Tensor | None, rows: Array, p: dict[str, tuple[Tensor, Array]], name: str
+) -> tuple[Tensor | None, Array]:
+    """x w + b, and its memory; ``rows`` is that of ``x``. A single row needs no tensor: see ``gpt.kernels.product``."""
     weight, w = p[f"{name}.weight"]
-    out, o = matmul_into(x, rows, weight, w)
+    out = paddle.matmul(x, weight) if rows.shape[0] > VECTOR_ROWS else None
+    o = rows @ w if out is None else view(out)
     o += p[f"{name}.bias"][1]
     return out, o

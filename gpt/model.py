@@ -194,7 +194,9 @@ class GPT(nn.Layer):  # type: ignore[misc]
     def new_cache(self, columns: int, pads_B: Array) -> Cache:
         """Room for ``columns`` positions of as many rows as ``pads_B`` has; see ``Cache``."""
         m, mp = self.config.model, self.topology.parallel.mp_degree
-        self._few = kernels_decode.Few(list(self.layers.values()))
+        self._few = None
+        if mp == self.topology.parallel.pp_degree == 1 and kernels_decode.fits(0, self.word.weight):
+            self._few = kernels_decode.Few(self.word.weight, self.position.weight, list(self.layers.values()))
         shape = [len(pads_B), m.heads // mp, columns, m.hidden // m.heads]
         return Cache(len(self.layers), shape, self.dtype, pads_B)
 
@@ -205,13 +207,20 @@ class GPT(nn.Layer):  # type: ignore[misc]
             tokens_BT: int64, the next columns of all rows.
             cache: of ``new_cache``, with room for T more columns.
         """
+        B, T = tokens_BT.shape
+        if self._few and kernels_decode.fits(B * T, self.word.weight):
+            x_BTH = self._few.run(tokens_BT.numpy(), cache)
+        else:
+            x_BTH = self._extend(tokens_BT, cache)
+        cache.length += T
+        return x_BTH
+
+    def _extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         if self.topology.stage > 0:
             x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
         else:
             x_BTH = self.word(tokens_BT) + self.position(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
-        x_BTH = stages.relay(self.topology, x_BTH, lambda x: self._run_blocks(x, cache))
-        cache.length += tokens_BT.shape[1]
-        return x_BTH
+        return stages.relay(self.topology, x_BTH, lambda x: self._run_blocks(x, cache))
 
     def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         """Logits BV after the last of some new tokens, V the real vocabulary: incremental decoding. See ``extend``.
@@ -223,8 +232,6 @@ class GPT(nn.Layer):  # type: ignore[misc]
         return stages.from_last(self.topology, shape, self.dtype, lambda: self._head(x_BTH[:, -1]))
 
     def _run_blocks(self, x_BTH: Tensor, cache: Cache) -> Tensor:
-        if self.topology.parallel.mp_degree == 1 and kernels_decode.fits(x_BTH):
-            return self._few.run(x_BTH, cache)
         for i, block in enumerate(self.layers.values()):
             x_BTH = block.step(x_BTH, cache, i)
         return x_BTH
