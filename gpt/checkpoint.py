@@ -26,6 +26,7 @@ from typing import Any
 
 from gpt import slices
 from gpt.config import UserError
+from gpt.data.tokenizer import Encoder, open_encoder
 from gpt.runs import checkpoint_steps
 from gpt.slices import Index, Stored
 from gpt.topology import Topology
@@ -63,6 +64,16 @@ class Checkpoint:
     def tokenizer(self) -> Path | None:
         """The tokenizer that the model was trained with."""
         return next(iter(self.path.glob("tokenizer.*")), None)
+
+    def encoder(self) -> Encoder:
+        """The same at work.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.path} has no tokenizer, so it has no text: train with data.tokenizer=...")
+        return open_encoder(self.tokenizer)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

@@ -147,7 +147,8 @@ def _on_trained_run(config: Config, run_dir: Path, overrides: list[str], console
         kept = {"seq_len", "vocab"} - {key.removeprefix("data.") for key in named}
         job = _on_other_data(job, config, console, kept)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    prompts.hand_over(job.config, run_dir / "logs")
+    if config.task is Task.generate:
+        prompts.hand_over(job.config, run_dir / "logs")
     file = run_dir / "logs" / f"{config.task.value}.json"
     dataclasses.replace(job, command=_command(overrides)).write(file)
     before = evaluation.read(run_dir)

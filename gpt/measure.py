@@ -16,7 +16,7 @@ from gpt.data.tokens import Array
 from gpt.data.windows import Rows
 from gpt.engine import Engine
 from gpt.log import say
-from gpt.scores import head_scores
+from gpt.scores import label_scores
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -129,10 +129,8 @@ def _scores(engine: Engine, batches: list[Batch], together: int) -> list[tuple[A
 def _of_model(
     engine: Engine, inputs_BT: paddle.Tensor, labels_BT: paddle.Tensor
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    m = engine.config.model
-    x_MH = engine.model.hidden(inputs_BT).reshape([-1, m.hidden])
-    found = head_scores(engine.topology, x_MH, engine.model.word.weight, labels_BT.flatten(), m.vocab)
-    return found[0].reshape(inputs_BT.shape), found[1].reshape(inputs_BT.shape)
+    x_BTH, vocab = engine.model.hidden(inputs_BT), engine.config.model.vocab
+    return label_scores(engine.topology, x_BTH, engine.model.word.weight, labels_BT, vocab)
 
 
 def _alike(batches: list[Batch], together: int) -> list[Batch]:

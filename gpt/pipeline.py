@@ -18,7 +18,7 @@ from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, Sha
 from gpt import ops
 from gpt.config import Config, padded_vocab
 from gpt.model import Block, initialise
-from gpt.scores import head_scores
+from gpt.scores import label_scores
 from gpt.topology import Topology
 
 Micro = tuple[Tensor, tuple[Tensor, Tensor]]  # tokens BT; labels BT and the weights BT of their losses
@@ -131,11 +131,10 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         labels_BT, weight_BT = wanted
         m = self.config.model
         table_VH = self.shared_layers["word"].weight
-        x_MH = x_BTH.reshape([-1, m.hidden])
         if self._scored is not None:
-            found = head_scores(self.topology, x_MH, table_VH, labels_BT.flatten(), m.vocab)
-            self._scored.append((found[0].reshape(labels_BT.shape), found[1].reshape(labels_BT.shape)))
+            self._scored.append(label_scores(self.topology, x_BTH, table_VH, labels_BT, m.vocab))
             return weight_BT.sum()
+        x_MH = x_BTH.reshape([-1, m.hidden])
         loss = self.topology.head_loss(x_MH, table_VH, labels_BT.flatten(), weight_BT.flatten(), m.vocab, m.loss_chunk)
         self.loss_sum += loss.item()
         return loss
@@ -161,7 +160,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return self.loss_sum
 
     def scores(self, micros: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """``gpt.scores.head_scores`` of ``accumulate_steps`` inputs and labels BT, which only the last stage knows.
+        """``gpt.scores.label_scores`` of ``accumulate_steps`` inputs and labels BT, which only the last stage knows.
 
         All have one shape, which may differ from call to call.
         """

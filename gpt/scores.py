@@ -19,10 +19,19 @@ LOW = -1e30  # logit of what a rank does not have
 NOWHERE = float(1 << 40)  # behind every token number
 
 
-def head_scores(
-    topology: Topology, x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, vocab: int
+Scores = tuple[Tensor, Tensor, Tensor]
+
+
+def label_scores(
+    topology: Topology, x_BTH: Tensor, table_VH: Tensor, labels_BT: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy (float32) of each label, and whether it is the most probable token (the first of equals).
+    """Cross entropy (float32) of each label BT, and whether it is the most probable token; see ``head_scores``."""
+    nll_M, best_M, _ = head_scores(topology, x_BTH.flatten(0, 1), table_VH, labels_BT.flatten(), vocab)
+    return nll_M.reshape(labels_BT.shape), best_M.reshape(labels_BT.shape) == labels_BT
+
+
+def head_scores(topology: Topology, x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, vocab: int) -> Scores:
+    """Cross entropy (float32) of each label, the most probable token (int64, the first of equals), and that one's.
 
     Args:
         topology: of this rank; over an mp group of several, each has its share of the table.
@@ -36,12 +45,11 @@ def head_scores(
     cuts = [slice(i, i + chunk) for i in range(0, x_MH.shape[0], chunk)]
     with paddle.no_grad():
         parts = [_part(x_MH[s], table_VH, labels_M[s], vocab, topology.mp_rank, group) for s in cuts]
-    return paddle.concat([nll for nll, _ in parts]), paddle.concat([right for _, right in parts])
+    nll_M, best_M, best_nll_M = (paddle.concat(list(some)) for some in zip(*parts, strict=True))
+    return nll_M, best_M, best_nll_M
 
 
-def _part(
-    x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, vocab: int, mp_rank: int, group: Any
-) -> tuple[Tensor, Tensor]:
+def _part(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, vocab: int, mp_rank: int, group: Any) -> Scores:
     rows = table_VH.shape[0]
     first = mp_rank * rows
     real = min(max(vocab - first, 0), rows)
@@ -51,7 +59,7 @@ def _part(
         return _of_logits(logits_MV, labels_M, first, real, group)
 
 
-def _of_logits(logits_MV: Tensor, labels_M: Tensor, first: int, real: int, group: Any) -> tuple[Tensor, Tensor]:
+def _of_logits(logits_MV: Tensor, labels_M: Tensor, first: int, real: int, group: Any) -> Scores:
     """The same from the logits of this rank's ``real`` tokens from number ``first`` on."""
     at_M = logits_MV.argmax(-1)
     own_top_M = _at(logits_MV, at_M)
@@ -66,7 +74,8 @@ def _of_logits(logits_MV: Tensor, labels_M: Tensor, first: int, real: int, group
     number_M = (at_M + first).astype("float64")
     number_M = paddle.where(own_top_M == top_M, number_M, paddle.full_like(number_M, NOWHERE))
     best_M = -_over(group, -number_M, ReduceOp.MAX)
-    return paddle.log(sums_M) - label_M, best_M == labels_M.astype("float64")
+    best_nll_M = paddle.log(sums_M)  # its logit is what was taken off
+    return best_nll_M - label_M, best_M.astype("int64"), best_nll_M
 
 
 def _at(logits_MV: Tensor, at_M: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from gpt.config import Config, Device, Task  # noqa: E402
 from gpt.data.tokens import Array  # noqa: E402
 from gpt.files import replace_section  # noqa: E402
 from launchers import host, local  # noqa: E402
-from scripts.bench_train import ask, configuration  # noqa: E402
+from scripts.bench_train import ask, child_of, configuration  # noqa: E402
 
 VARIANTS = {
     "ours": "this project's `ModelWriter`, as its launcher starts it",
@@ -122,16 +122,9 @@ def start(variant: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
         config = configuration(arguments.model, 1, 0.0)
         config.task = Task.generate
         env = local.environment(config, 1, live=False)
-    env["PYTHONPATH"] = str(ROOT)
     options = ["--model", arguments.model, "--prompt", str(arguments.prompt), "--new", str(arguments.new)]
     batches = ["--batch", *map(str, arguments.batch)]
-    command = [sys.executable, "-W", "ignore", __file__, *options, *batches, "--serve", variant]
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-    assert child.stdout
-    if "ready" not in child.stdout.readline():
-        raise SystemExit(f"variant {variant} did not start; try: {' '.join(command)}")
-    return child
+    return child_of(__file__, [*options, *batches, "--serve", variant], env)
 
 
 def measure(arguments: argparse.Namespace) -> str:

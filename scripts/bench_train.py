@@ -169,14 +169,19 @@ def start(variant: str, arguments: argparse.Namespace, config: Config) -> subpro
         env = {**os.environ, "OMP_NUM_THREADS": str(host.cores()), "GLIBC_TUNABLES": local.MALLOC}
     else:
         env = local.environment(config, 1, live=False)
-    env["PYTHONPATH"] = str(ROOT)
     options = ["--model", arguments.model, "--batch", str(arguments.batch), "--dropout", str(arguments.dropout)]
-    command = [sys.executable, "-W", "ignore", __file__, *options, "--serve", variant]
+    return child_of(__file__, [*options, "--serve", variant], env)
+
+
+def child_of(script: str, options: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a script that says 'ready' and then answers each line of its standard input."""
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-W", "ignore", script, *options]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout
     if "ready" not in child.stdout.readline():
-        raise SystemExit(f"variant {variant} did not start; try: {' '.join(command)}")
+        raise SystemExit(f"a variant did not start; try: {' '.join(command)}")
     return child
 
 

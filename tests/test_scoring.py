@@ -9,6 +9,7 @@ import paddle
 import pytest
 from conftest import configured
 
+from gpt import scores
 from gpt.config import Config
 from gpt.model import GPT
 from gpt.text import scoring
@@ -35,7 +36,7 @@ def test_scores_are_those_of_the_forward_pass(
     model: GPT, monkeypatch: pytest.MonkeyPatch, columns: int, logits: int
 ) -> None:
     monkeypatch.setattr(scoring, "PREFILL_COLUMNS", columns)
-    monkeypatch.setattr(scoring, "LOGITS", logits)
+    monkeypatch.setattr(scores, "LOGITS", logits)
     for text, scored in zip(TEXTS, scoring.score(model, TEXTS), strict=True):
         assert len(scored.logprobs) == len(scored.best) == len(scored.best_logprobs) == len(text) - 1
         with paddle.no_grad():

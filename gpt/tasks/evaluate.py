@@ -16,7 +16,7 @@ from gpt.config import UserError
 from gpt.config_evaluate import EvaluateKind
 from gpt.config_text import Split
 from gpt.data import passages, tokens, windows
-from gpt.data.tokenizer import Encoder, open_encoder
+from gpt.data.tokenizer import Encoder
 from gpt.data.tokens import Array
 from gpt.data.windows import Endings, Rows, Windows
 from gpt.engine import Engine
@@ -49,9 +49,9 @@ def run(job: Job, signals: Signals) -> int:
         if kind is EvaluateKind.split:
             figures = _split(job, sums)
         elif kind is EvaluateKind.text:
-            figures = _text(job, sums, _encoder(found))
+            figures = _text(job, sums, found.encoder())
         else:
-            figures = _cloze(job, sums, _encoder(found))
+            figures = _cloze(job, sums, found.encoder())
     except measure.Interrupted:
         say("stopped; nothing was written")
         return 128 + (signals.received or Signal.SIGTERM)
@@ -63,14 +63,6 @@ def run(job: Job, signals: Signals) -> int:
         evaluation.write(job.run_dir, key, {"checkpoint": str(found.path), "step": step, **figures})
         log.summarise(job, step, key, figures)
     return 0
-
-
-def _encoder(found: checkpoint.Checkpoint) -> Encoder:
-    if found.tokenizer is None:
-        raise UserError(
-            f"{found.path} has no tokenizer; train with data.tokenizer=.../tokenizer.json to measure on text"
-        )
-    return open_encoder(found.tokenizer)
 
 
 def _stride(job: Job) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def _converse(job: Job, writer: ModelWriter, topology: Topology, line: talk.Work
             continue
         if line and sampling.num_beams == sampling.num_return_sequences == 1:
             line.show(prompt)
-        asked = Sampling(**{**vars(sampling), "seed": sampling.seed + number})  # the same line again: another text
+        asked = replace(sampling, seed=sampling.seed + number)  # the same line again: another text
         number += 1
         on_piece = _Shown(line)
         found = writer.write([tokens], asked, on_piece, lambda: not _stopped(topology, signals))

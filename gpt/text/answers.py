@@ -10,7 +10,6 @@ import numpy as np
 
 from gpt import checkpoint, measure
 from gpt.config import UserError
-from gpt.data.tokenizer import open_encoder
 from gpt.data.windows import Endings
 from gpt.engine import Engine
 from gpt.log import say
@@ -35,9 +34,7 @@ class Answers:
     def __init__(self, job: Job) -> None:
         topology = Topology.connect(job.config)
         found = checkpoint.require(Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
-        if found.tokenizer is None:
-            raise UserError(f"{found.path} has no tokenizer, so it has no text: train with data.tokenizer=...")
-        encoder = open_encoder(found.tokenizer)
+        encoder = found.encoder()
         if encoder.eot is None:
             raise UserError(f"{found.tokenizer}: no end-of-text, which stands before a text that has nothing before it")
         self.eot = encoder.eot

@@ -9,10 +9,9 @@ from paddle import Tensor
 from gpt import stages
 from gpt.data.tokens import Array
 from gpt.model import GPT
+from gpt.scores import head_scores
 from gpt.text.decoder import PREFILL_COLUMNS
 from gpt.text.request import Scored
-
-LOGITS = 1 << 24  # float32 at once: 64 MiB
 
 
 def score(model: GPT, texts: list[list[int]]) -> list[Scored]:
@@ -47,14 +46,6 @@ def _on_all(model: GPT, x_BTH: Tensor, labels_BT: Array) -> Array:
 
 
 def _of_hidden(model: GPT, x_BTH: Tensor, labels_BT: Array) -> Tensor:
-    x_MH, labels_M = x_BTH.flatten(0, 1), paddle.to_tensor(labels_BT.ravel())
-    vocab = model.config.model.vocab
-    parts = []
-    for first in range(0, x_MH.shape[0], max(1, LOGITS // vocab)):
-        some = slice(first, first + max(1, LOGITS // vocab))
-        logits_MV = stages.head(model.topology, model.norm(x_MH[some]), model.word.weight, vocab).astype("float32")
-        total_M = paddle.logsumexp(logits_MV, axis=-1)
-        label_M = paddle.take_along_axis(logits_MV, labels_M[some].unsqueeze(-1), -1).squeeze(-1)
-        best_M = logits_MV.argmax(-1).astype("float32")  # exact below 2^24
-        parts.append(paddle.stack([label_M - total_M, best_M, logits_MV.max(-1) - total_M], axis=-1))
-    return paddle.concat(parts)
+    x_MH, labels_M = model.norm(x_BTH).flatten(0, 1), paddle.to_tensor(labels_BT.ravel())
+    nll_M, best_M, best_nll_M = head_scores(model.topology, x_MH, model.word.weight, labels_M, model.config.model.vocab)
+    return paddle.stack([-nll_M, best_M.astype("float32"), -best_nll_M], axis=-1)  # float32 is exact below 2^24

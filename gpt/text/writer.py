@@ -10,7 +10,6 @@ import paddle
 from gpt import checkpoint, whole
 from gpt.checkpoint import Checkpoint
 from gpt.config import DType, UserError
-from gpt.data import tokenizer
 from gpt.data.tokenizer import Encoder
 from gpt.engine import PADDLE_DTYPE
 from gpt.log import say
@@ -51,9 +50,8 @@ class ModelWriter:
             UserError: it is damaged, or has no tokenizer, or is of another model.
         """
         found = checkpoint.require(Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
-        if found.tokenizer is None:
-            raise UserError(f"{found.path} has no tokenizer, so it has no text: train with data.tokenizer=...")
-        return cls(_read(job, topology, found), tokenizer.open_encoder(found.tokenizer), int(found.state["step"]))
+        encoder = found.encoder()
+        return cls(_read(job, topology, found), encoder, int(found.state["step"]))
 
     def encode(self, text: str) -> list[int]:
         """Token numbers of a prompt."""

@@ -31,6 +31,12 @@ def check(config: Config) -> list[str]:
     return problems
 
 
+def end_of_text(found: Checkpoint) -> int | None:
+    """Of a checkpoint: its tokenizer's, or what its data says."""
+    eot: int | None = found.encoder().eot if found.tokenizer else found.state["data"]["eot_id"]
+    return eot
+
+
 def to_huggingface(found: Checkpoint, model: Model, output: Path) -> list[str]:
     """Write ``config.json``, ``model.safetensors`` in float32 and the tokenizer's files; returns their names.
 
@@ -46,7 +52,7 @@ def to_huggingface(found: Checkpoint, model: Model, output: Path) -> list[str]:
             array = huggingface.by_kind(array, model.heads)
         array = np.ascontiguousarray(array)
         pieces[f"transformer.{theirs}"] = Piece(list(array.shape), Slice(0, 0, array.shape[0]), array)
-    eot = tokenizer.open_encoder(found.tokenizer).eot if found.tokenizer else found.state["data"]["eot_id"]
+    eot = end_of_text(found)
     with atomic_directory(output) as folder:
         slices.write(folder / "model.safetensors", pieces, {"format": "pt"})
         _write(folder / "config.json", _said(model, eot))

@@ -26,10 +26,10 @@ from paddle.nn import functional as F
 
 from gpt.checkpoint import Checkpoint
 from gpt.config import Model
-from gpt.data import tokenizer
 from gpt.files import atomic_directory, write_json
 from gpt.shapes import WORD
 from gpt.weights import eight_bits
+from gpt.weights.exporting import end_of_text
 from gpt.whole import Source
 
 
@@ -183,7 +183,6 @@ def _share(first: Path, second: Path) -> None:
 
 
 def _info(found: Checkpoint, m: Model, small: bool) -> dict[str, Any]:
-    eot = tokenizer.open_encoder(found.tokenizer).eot if found.tokenizer else found.state["data"]["eot_id"]
     return {
         "format": 1,
         "name": m.name,
@@ -193,7 +192,7 @@ def _info(found: Checkpoint, m: Model, small: bool) -> dict[str, Any]:
         "layers": m.layers,
         "heads": m.heads,
         "head_size": m.hidden // m.heads,
-        "eot": eot,
+        "eot": end_of_text(found),
         "weights": "int8" if small else "float32",
         "tokenizer": found.tokenizer.name if found.tokenizer else None,
         "parameters": "model.pdiparams",
