@@ -12,7 +12,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,6 +37,8 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(group="hydra/callbacks", name="gate", node={"gate": {"_target_": "gpt.cli.Gate"}})
+    for group, name, plugin in (("launcher", "pool", "PoolLauncher"), ("sweeper", "grid", "GridSweeper")):
+        store.store(group=f"hydra/{group}", name=name, node={"_target_": f"hydra_plugins.gpt_grid.{plugin}"})
 
 
 def _run_name(*, _root_: DictConfig) -> str:
@@ -85,29 +86,6 @@ def job(overrides: list[str]) -> Config:
 
 class Gate(Callback):
     """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
-
-    def __init__(self) -> None:
-        self.cells: list[tuple[list[str], Config | list[str]]] = []  # of a grid of plans
-
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Keep a cell of a grid of plans for its table."""
-        from gpt import planning
-
-        if config.hydra.mode is not RunMode.MULTIRUN or not planning.is_plan(config):
-            return
-        typed, problems = check(job_config(config), dict(config.hydra.runtime.choices))
-        self.cells.append((list(config.hydra.overrides.task), problems if problems or typed is None else typed))
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Show the table of a grid of plans."""
-        from gpt import planning
-        from gpt.console import Console
-
-        if self.cells:
-            try:
-                planning.show_grid(self.cells, Console())
-            except UserError as error:
-                fail(str(error))
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""

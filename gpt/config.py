@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from gpt.config_evaluate import Evaluate
+from gpt.config_grid import Grid, Report
 from gpt.config_plan import DeviceSpec, Plan
 from gpt.config_prepare import Prepare
 from gpt.config_text import Generate, Serve
@@ -46,6 +47,7 @@ class Task(Enum):
     prepare = "prepare"
     import_weights = "import_weights"
     export = "export"
+    report = "report"
 
 
 class Recompute(Enum):
@@ -102,6 +104,12 @@ class Device(Enum):
     auto = "auto"
     cpu = "cpu"
     gpu = "gpu"
+
+
+class ClusterKind(Enum):
+    """What starts a job's processes."""
+
+    local = "local"  # this host, now
 
 
 class WandbMode(Enum):
@@ -242,6 +250,7 @@ class Logger:
 class Cluster:
     """The machine."""
 
+    kind: ClusterKind = MISSING
     device: Device = MISSING
     threads: int | None = None
     hang_seconds: int = 0  # without progress of any rank until the job counts as stuck; 0: never
@@ -255,6 +264,7 @@ class Config:
     seed: int = MISSING
     tags: list[str] = MISSING
     notes: str = MISSING
+    yes: bool = False  # what a terminal would be asked is granted
     checkpoint: str | None = None  # a run, or one of its checkpoints; None: the run of this configuration
     prompt: str = MISSING  # what ``generate.prompt`` is unless it is given itself
     model: Model = field(default_factory=Model)
@@ -271,6 +281,8 @@ class Config:
     plan: Plan = field(default_factory=Plan)
     import_weights: ImportWeights = field(default_factory=ImportWeights)
     export: Export = field(default_factory=Export)
+    grid: Grid = field(default_factory=Grid)
+    report: Report = field(default_factory=Report)
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
     device: DeviceSpec = field(default_factory=DeviceSpec)

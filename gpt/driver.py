@@ -12,6 +12,7 @@ from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
 from gpt.data import corpus, vocabularies
+from gpt.data.corpus import Prepared
 from gpt.data.prepare import build
 from gpt.data.samples import Samples
 from gpt.guard import FAILED
@@ -114,25 +115,36 @@ def _import_weights(config: Config, console: Console) -> None:
     console.next_commands([(f"python -m gpt.main task=generate {checkpoint}", "continue a prompt")])
 
 
-def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:
+def prepared(config: Config, console: Console) -> Prepared:
+    """The data of a training, tokenised if it was not yet.
+
+    Raises:
+        UserError: it does not do for this job; nothing was started.
+    """
     data = corpus.prepare(config, console.note)
     if config.checkpoint:
         if remark := trained.same_tokenizer(config, data):
             console.warn(remark)
-        config.checkpoint = str(Path(config.checkpoint).resolve())  # for ranks elsewhere, and for the record
     for split in (Split.train, Split.val):
         if config.data.split[list(Split).index(split)] > 0:
             Samples(config, data, split)  # a split too small for a sample is an error before anything is started
+    return data
+
+
+def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Console) -> float | None:
+    data = prepared(config, console)
+    if config.checkpoint:
+        config.checkpoint = str(Path(config.checkpoint).resolve())  # for ranks elsewhere, and for the record
     with locked(run_dir, console) as lock:
         decision = runs.decide(run_dir, config, data)
         if decision.aside:
             os.rename(run_dir, decision.aside)
-            run_dir.mkdir(parents=True)
         for message in decision.messages:
             console.note(message)
         if not decision.start:
             result = runs.read_result(run_dir)
             return result.get("val/loss") if result else None
+        run_dir.mkdir(parents=True, exist_ok=True)  # for a command that Hydra did not start
         job = Job(config, data, run_dir.resolve(), _command(overrides))
         job.write()
         console.header(_header(job))

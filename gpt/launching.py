@@ -14,12 +14,13 @@ from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.console import Console
 from gpt.files import Lock
 from gpt.guard import BAD_INPUT, FAILED, GUARD
-from gpt.runs import Job
+from gpt.runs import Job, lock_of
 from launchers import group, local, places, roles
 from launchers.ending import Outcome
 from launchers.places import Place
 from launchers.watchdog import Watchdog
 
+HANDED_LOCK = "GPT_RUN_LOCK"  # number of a file descriptor
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
 
 
@@ -33,9 +34,14 @@ class JobFailed(Exception):
 
 @contextmanager
 def locked(run_dir: Path, console: Console) -> Iterator[Lock]:
-    """One job per run directory. The lock is beside it, so that the directory can be moved aside."""
-    lock = Lock(run_dir.resolve().with_name(f".{run_dir.name}.lock"))
-    if not lock.acquire():
+    """One job per run directory. The lock is beside it, so that the directory can be moved aside.
+
+    A grid has locked it before it started us, and handed the lock over.
+    """
+    lock = lock_of(run_dir)
+    if inherited := os.environ.pop(HANDED_LOCK, ""):
+        lock.descriptor = int(inherited)
+    elif not lock.acquire():
         console.note(f"{run_dir} is in use; waiting up to {PATIENCE_SECONDS:.0f} s for its workers to end")
         if not lock.acquire(PATIENCE_SECONDS):
             raise UserError(f"{run_dir} is in use by another process; wait, stop it, or choose another hydra.run.dir")

@@ -11,41 +11,36 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parent.parent
 if sys.path and Path(sys.path[0] or ".").resolve() == _ROOT / "gpt":
     sys.path[0] = str(_ROOT)  # started as a file: gpt/*.py must not shadow other modules
+sys.path.append(str(_ROOT / "launchers" / "plugins"))  # where Hydra looks for hydra_plugins
 
 import hydra  # noqa: E402
 from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from gpt import cli, driver, follow, planning  # noqa: E402
+from gpt import cli, driver, ends  # noqa: E402
 from gpt.config import UserError  # noqa: E402
 from gpt.files import conf_dir  # noqa: E402
-from gpt.guard import BAD_INPUT, FAILED  # noqa: E402
-from gpt.launching import JobFailed  # noqa: E402
-from launchers import roles  # noqa: E402
-
-STOPPED = (130, 143)
 
 cli.register()
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _composed(composed: DictConfig) -> float | None:
+    """A single run, or with ``hydra/launcher=basic`` a cell of a grid in this process."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode is RunMode.MULTIRUN and planning.is_plan(composed):
-        return None  # the gate makes one table of all cells, when it has seen them
     config = cli.checked(composed, hydra_config.runtime.choices)
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
         if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already
             driver.gate(config, run_dir)
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
-    except (UserError, JobFailed, OSError) as error:
+    except ends.ERRORS as error:
         if isinstance(error, UserError):
             _remove_if_empty(run_dir)  # Hydra has made it by now
-        code = _said(error)
+        code = ends.said(error)
         # After an Exception Hydra goes on with a grid's next cell; SystemExit ends it.
-        if hydra_config.mode is RunMode.RUN or code in STOPPED:
+        if hydra_config.mode is RunMode.RUN or code in ends.STOPPED:
             sys.exit(code)
         raise
 
@@ -60,37 +55,10 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line; every ending is an exit code of the table in docs/architecture.md."""
+    """Run the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with advice
     sys.argv[1:] = cli.with_text_quoted(sys.argv[1:])
-    role, code = roles.detect(os.environ), 0
-    try:
-        follow.run(role, _composed) if role.starter else _composed()
-    except (UserError, JobFailed, OSError, KeyboardInterrupt, *cli.CONFIG_ERRORS) as error:
-        code = _said(error)
-    except SystemExit as end:  # what it had to say is said
-        code = end.code if isinstance(end.code, int) else FAILED if end.code else 0
-    follow.over(role, code)
-    sys.exit(code)
-
-
-def _said(error: BaseException) -> int:
-    """Tell the user, once, and return the exit code."""
-    message, code = str(error), FAILED
-    if isinstance(error, UserError):
-        code = BAD_INPUT
-    elif isinstance(error, JobFailed):
-        code = error.code if error.code > 0 else FAILED
-    elif isinstance(error, cli.CONFIG_ERRORS):  # before OSError: some of Hydra's are of that kind too
-        message, code = cli.explain(error, sys.argv[1:]), BAD_INPUT
-    elif isinstance(error, OSError):  # a full or lost disk
-        message = f"FAILED: {error}"
-    else:
-        message, code = "interrupted", STOPPED[0]
-    if message and not getattr(error, "said", False):
-        print(message, file=sys.stderr, flush=True)
-        error.said = True  # type: ignore[attr-defined]  # a grid raises it again at its end
-    return code
+    ends.run(_composed)
 
 
 if __name__ == "__main__":

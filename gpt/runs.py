@@ -30,13 +30,14 @@ from omegaconf import OmegaConf
 from gpt import __version__
 from gpt.config import Config, Resume, UserError, plain, typed
 from gpt.data.corpus import Prepared
-from gpt.files import write_json
+from gpt.files import Lock, write_json
 from gpt.rules import unknown_keys
 
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
 LAUNCH_ONLY = (
     "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
+    "yes", "grid", "report",
     "logger", "cluster", "device",
     "trainer.resume", "trainer.log_every", "data.cache_dir",
 )  # fmt: skip
@@ -143,6 +144,21 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return sha.strip() + ("+" if dirty.strip() else "")
+
+
+def lock_of(run_dir: Path) -> Lock:
+    """The run's lock, beside it so that the folder can be moved aside."""
+    return Lock(run_dir.resolve().with_name(f".{run_dir.name}.lock"))
+
+
+def held(run_dir: Path) -> bool:
+    """Whether a driver or its workers are at work there."""
+    lock = lock_of(run_dir)
+    if not lock.path.exists():
+        return False
+    free = lock.acquire()
+    lock.release()
+    return not free
 
 
 def checkpoint_steps(run_dir: Path) -> list[int]:

@@ -16,6 +16,7 @@ FLOORS = [
         "gpt",
         "gpt.config",
         "gpt.config_evaluate",
+        "gpt.config_grid",
         "gpt.config_plan",
         "gpt.config_prepare",
         "gpt.config_text",
@@ -75,7 +76,8 @@ FLOORS = [
     {"gpt.exchange", "gpt.sharding", "gpt.slices", "gpt.stages", "gpt.scores"},
     {"gpt.model", "gpt.runs", "gpt.weights.eight_bits"},
     {"gpt.trained", "gpt.text.choice", "gpt.text.growing", "gpt.text.prompts", "gpt.text.decoder"},
-    {"gpt.pipeline", "gpt.evaluation"},
+    {"gpt.pipeline", "gpt.evaluation", "gpt.grid", "gpt.grid.cells"},
+    {"gpt.grid.folder"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
     {"gpt.engine", "gpt.text.search", "gpt.text.beams", "gpt.text.scoring"},
     {"gpt.weights.importing", "gpt.weights.exporting", "gpt.weights.static"},
@@ -89,7 +91,8 @@ FLOORS = [
         "launchers.ending",
         "launchers.watchdog",
     },
-    {"launchers.local", "launchers.roles"},
+    {"launchers.local", "launchers.roles", "launchers.slots"},
+    {"launchers.pool"},
     {"launchers.group"},
     {"gpt.text.answers"},
     {
@@ -101,7 +104,11 @@ FLOORS = [
         "gpt.tasks.serve",
     },
     {"gpt.launching"},
+    {"gpt.grid.running"},
     {"gpt.worker", "gpt.driver", "gpt.planning", "gpt.follow", "gpt.cli"},
+    {"gpt.ends", "gpt.grid.composing"},
+    {"gpt.grid.launching", "gpt.frozen"},
+    {"launchers.plugins.hydra_plugins.gpt_grid"},
     {"gpt.main", "gpt.harness"},
 ]
 NO_PADDLE = [
@@ -121,6 +128,8 @@ NO_PADDLE = [
     "gpt.weights.exporting",
     "launchers.local",
     "launchers.group",
+    "gpt.grid.launching",
+    "gpt.frozen",
 ]
 
 

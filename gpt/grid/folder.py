@@ -1,0 +1,98 @@
+"""A grid's own folder: which cells it has, what happened to them, their output. Several drivers may write to it.
+
+grid.json                 name, command, and the cells: run name -> overrides, run folder
+events.jsonl              a line per start and end of a cell
+cells/NAME.json           the cell's command, frozen
+cells/NAME.log            what its driver printed
+summary.csv, summary.json, report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt.files import Lock, write_json
+from gpt.grid.cells import Cell
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Of one grid."""
+
+    path: Path
+
+    def frozen(self, cell: Cell) -> Path:
+        """The cell's command."""
+        return self.path / "cells" / f"{cell.name}.json"
+
+    def log(self, name: str) -> Path:
+        """What the cell's driver printed."""
+        return self.path / "cells" / f"{name}.log"
+
+    def add(self, cells: Iterable[Cell], command: list[str]) -> None:
+        """Write down and freeze cells; those that are there already stay."""
+        (self.path / "cells").mkdir(parents=True, exist_ok=True)
+        lock = Lock(self.path / ".lock")
+        lock.acquire(patience=60.0)
+        try:
+            known = self.read()
+            for cell in cells:
+                about: dict[str, Any] = {"overrides": cell.overrides, "differs": cell.differs}
+                about["run_dir"] = os.path.relpath(cell.run_dir.resolve(), self.path.resolve())  # both may be moved
+                known["cells"][cell.name] = about
+                cell.freeze(self.frozen(cell))
+            write_json(self.path / "grid.json", {**known, "name": self.path.name, "command": command})
+        finally:
+            lock.release()
+
+    def read(self) -> dict[str, Any]:
+        """``grid.json``; empty while there is none."""
+        try:
+            found: dict[str, Any] = json.loads((self.path / "grid.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {"cells": {}}
+        return found
+
+    def note(self, cell: str, event: str, **more: Any) -> None:
+        """Append an event; one write, so that lines of several drivers do not mix."""
+        line = json.dumps({"time": time.time(), "cell": cell, "event": event, **more}).encode() + b"\n"
+        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All whole events."""
+        try:
+            lines = (self.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+
+def name_of(swept: Iterable[str], fixed: Iterable[str]) -> str:
+    """The default name of a grid: the keys that are swept, and a hash of all that is not.
+
+    A grid that grows along its axes keeps its name.
+
+    Example:
+        >>> name_of(["optimizer.lr", "seed"], ["model=tiny"])
+        'lr_seed_68a5e4b8'
+    """
+    keys = sorted(swept)
+    digest = hashlib.sha256(json.dumps([keys, sorted(fixed)]).encode()).hexdigest()[:8]
+    return "_".join([*(key.rsplit(".", 1)[-1].rsplit("/", 1)[-1] for key in keys), digest])

@@ -1,0 +1,55 @@
+"""What Hydra calls for a grid (``-m``): how overrides become cells, and what runs them. The work is in ``gpt.grid``.
+
+Hydra takes plugins from the package ``hydra_plugins`` only, and imports all of it at every start: keep this light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class GridSweeper(Sweeper):
+    """All combinations, as Hydra's own sweeper makes them, which writes files and composes everything twice."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what is needed."""
+        self.loader = hydra_context.config_loader
+        self.config = config
+        self.pool = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run all cells."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
+        (cells,) = BasicSweeper.split_arguments(parsed, None)
+        returns = self.pool.launch(cells, initial_job_idx=0)
+        for each in returns:
+            each.return_value  # noqa: B018  # raises what a cell raised
+        return [returns]
+
+
+class PoolLauncher(Launcher):
+    """Side by side on this host, or as one array on a cluster."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what is needed."""
+        self.loader = hydra_context.config_loader
+        self.config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose, check and run all cells."""
+        from gpt.grid import launching
+
+        return launching.launch(self.loader, self.config, job_overrides)
