@@ -122,9 +122,8 @@ def prepared(config: Config, console: Console) -> Prepared:
         UserError: it does not do for this job; nothing was started.
     """
     data = corpus.prepare(config, console.note)
-    if config.checkpoint:
-        if remark := trained.same_tokenizer(config, data):
-            console.warn(remark)
+    if config.checkpoint and (remark := trained.same_tokenizer(config, data)):
+        console.warn(remark)
     for split in (Split.train, Split.val):
         if config.data.split[list(Split).index(split)] > 0:
             Samples(config, data, split)  # a split too small for a sample is an error before anything is started
