@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt import trained
+from gpt import choosing, trained
 from gpt.config import Config, Task, UserError
 from gpt.files import cache_dir, conf_dir
 from gpt.plan.devices import calibrated
 from gpt.rules import check, known_keys, suggest
-from gpt.runs import run_name
+from gpt.runs import found_again, run_name
 
 TRAINED = [task for task in Task if trained.reads_one(task)]
 FREE_TEXT = ("prompt", "generate.prompt", "notes")
@@ -42,11 +43,12 @@ def register() -> None:
 
 
 def _run_name(*, _root_: DictConfig) -> str:
-    config = job_config(_root_)
+    choices = dict(_root_.hydra.runtime.choices)
+    config, _ = choosing.filled(job_config(_root_), choices, list(_root_.hydra.overrides.task))
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
     plain = {str(key): value for key, value in resolved.items()}
-    return run_name(plain, str(_root_.hydra.runtime.choices.get("parallel")))
+    return found_again(run_name(plain, choosing.name(plain["parallel"], str(choices.get("parallel")))))
 
 
 def _run_dir(*, _root_: DictConfig) -> str:
@@ -60,13 +62,26 @@ def job_config(composed: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
-def checked(composed: DictConfig, choices: Any) -> Config:
-    """The typed configuration.
+def examined(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
+    """The typed configuration with all degrees chosen, and all problems.
+
+    Args:
+        composed: what Hydra composed, without its ``hydra`` node.
+        choices: the option chosen for each config group.
+        overrides: of the command: what they name is not for ``parallel=auto`` to choose.
+    """
+    choices = dict(choices)
+    whole, problems = choosing.filled(composed, choices, overrides)
+    return (None, problems) if problems else check(choosing.for_task(whole, composed), choices)
+
+
+def checked(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> Config:
+    """The same.
 
     Raises:
         UserError: listing every problem.
     """
-    config, problems = check(composed, dict(choices))
+    config, problems = examined(composed, choices, overrides)
     if problems or config is None:
         raise UserError.of(problems)
     return config
@@ -81,7 +96,7 @@ def job(overrides: list[str]) -> Config:
     register()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
         composed = compose("config", overrides, return_hydra_config=True)
-    return checked(job_config(composed), composed.hydra.runtime.choices)
+    return checked(job_config(composed), composed.hydra.runtime.choices, overrides)
 
 
 class Gate(Callback):
@@ -92,7 +107,7 @@ class Gate(Callback):
         from gpt import driver
 
         try:
-            job = checked(job_config(config), config.hydra.runtime.choices)
+            job = checked(job_config(config), config.hydra.runtime.choices, list(config.hydra.overrides.task))
             driver.gate(job, Path(str(config.hydra.run.dir)))
         except UserError as error:
             fail(str(error))

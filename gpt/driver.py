@@ -7,7 +7,7 @@ import os
 import shlex
 from pathlib import Path
 
-from gpt import evaluation, plan, planning, rules, runs, trained
+from gpt import choosing, evaluation, plan, planning, rules, runs, trained
 from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
@@ -146,6 +146,7 @@ def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Cons
         run_dir.mkdir(parents=True, exist_ok=True)  # for a command that Hydra did not start
         job = Job(config, data, run_dir.resolve(), _command(overrides))
         job.write()
+        choosing.show(config, console)
         console.header(_header(job))
         launch(job, run_dir / "job.json", console, lock)
     return _sum_up(job, console)

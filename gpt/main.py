@@ -29,7 +29,7 @@ cli.register()
 def _composed(composed: DictConfig) -> float | None:
     """A single run, or with ``hydra/launcher=basic`` a cell of a grid in this process."""
     hydra_config = HydraConfig.get()
-    config = cli.checked(composed, hydra_config.runtime.choices)
+    config = cli.checked(composed, hydra_config.runtime.choices, list(hydra_config.overrides.task))
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
         if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already

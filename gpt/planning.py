@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gpt import plan
+from gpt import choosing, plan
 from gpt.config import Config, UserError, world_size
 from gpt.console import Console
 from gpt.optim import lr_at
@@ -33,6 +33,7 @@ def show(config: Config, console: Console, overrides: list[str]) -> None:
     Raises:
         UserError: it does not fit, and ``plan.require_fit`` is set.
     """
+    choosing.show(config, console)
     if config.plan.search:
         _show_search(config, console, overrides)
         return

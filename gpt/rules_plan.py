@@ -28,9 +28,9 @@ def plan_problems(config: Config) -> Iterator[str]:
     memory = config.device.memory_gib
     if memory is not None and memory <= plan.reserve_gib:
         yield f"plan.reserve_gib={plan.reserve_gib:g} leaves nothing of device.memory_gib={memory:g}"
-    if plan.devices is not None and not plan.search:
+    if plan.devices not in (None, world_size(config)) and not plan.search:
         yield (
-            f"plan.devices={plan.devices} is how many devices a search may use: add plan.search=true "
+            f"plan.devices={plan.devices} is how many devices a search may use: add plan.search=true, or parallel=auto "
             f"(the layout at hand has {world_size(config)} ranks)"
         )
     if plan.require_fit and memory is None:

@@ -13,6 +13,7 @@ result.json              written last
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -61,6 +62,16 @@ def run_name(config: dict[str, Any], parallel: str) -> str:
         kept.pop("checkpoint", None)
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config['model']['name']}_{parallel}_{digest}"
+
+
+def found_again(name: str, folder: Path = Path("outputs")) -> str:
+    """The name of the run in ``folder`` that is of the same configuration, which may have been typed in other words.
+
+    ``parallel=auto``, a preset, and its degrees by hand are the same run; the preset in the name is for people.
+    """
+    model, digest = name.split("_", 1)[0], name.rsplit("_", 1)[1]
+    there = [path.parent.name for path in folder.glob(f"{glob.escape(model)}_*_{digest}/job.json")]
+    return there[0] if len(there) == 1 and name not in there else name
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,14 @@ def _stored(source: Path, run_dir: Path, now: Config) -> Job:
     return Job(stored.config, stored.data, run_dir, stored.command)
 
 
+def config_of(config: Config) -> Config | None:
+    """What ``config.checkpoint`` was trained with; None if that cannot be read, which ``job`` says."""
+    try:
+        return _stored(Path(str(config.checkpoint)), Path(str(config.checkpoint)), config).config
+    except UserError:
+        return None
+
+
 def start_problems(config: Config) -> list[str]:
     """What keeps a new run from starting with the weights that ``checkpoint=`` names."""
     if config.checkpoint is None:

@@ -25,6 +25,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def memory_gib() -> float:
+    """Main memory of this host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def mkl_settings() -> dict[str, str]:
     """What the MKL in Paddle's wheel needs on this processor.
 

@@ -9,7 +9,6 @@ else does: a plan is as honest as they are.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -104,7 +103,7 @@ def main() -> None:
     """Measure, store, say."""
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = host.memory_gib()
     found = {"memory_gib": memory, **run("compute", 1), **run("exchange", 2)}
     assert set(found) == set(CALIBRATION)
     file = calibration_file()

@@ -100,8 +100,8 @@ def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
 
 def configured(overrides: list[str]) -> Config:
     """The typed configuration, on the CPU."""
-    config, choices = composed(["cluster.device=cpu", *overrides])
-    return cli.checked(config, choices)
+    overrides = ["cluster.device=cpu", *overrides]
+    return cli.checked(*composed(overrides), overrides)
 
 
 @dataclass

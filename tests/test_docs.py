@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, composed
 
-from gpt.rules import check
+from gpt import cli
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -35,8 +35,8 @@ def test_a_documented_command_composes(document: str, command: str) -> None:
     overrides = [w for w in words if not w.startswith("-")]
     if "-m" in words:
         overrides = [o.split(",")[0] for o in overrides]
-    config, choices = composed([o for o in overrides if not o.startswith("hydra.")])
-    assert check(config, choices)[1] == [], command
+    overrides = [o for o in overrides if not o.startswith("hydra.")]
+    assert cli.examined(*composed(overrides), overrides)[1] == [], command
 
 
 def test_links_lead_to_files() -> None:
@@ -52,7 +52,7 @@ def test_scripts_that_documents_name_exist() -> None:
 
 
 def test_the_table_of_what_goes_with_what_is_that_of_the_rules() -> None:
-    from gpt import cli, support
+    from gpt import support
     from scripts.support import BASE, PAGE
 
     assert support.table(cli.job(BASE)) in PAGE.read_text(encoding="utf-8")

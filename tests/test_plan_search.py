@@ -174,7 +174,10 @@ BAD = {
     "budget": (["plan.token_budget=0"], "plan.token_budget=0: must be at least 1"),
     "reserve": (["plan.reserve_gib=-1"], "plan.reserve_gib=-1.0: must be at least 0"),
     "all kept": (["task=plan", "device=a100_40", "plan.reserve_gib=40"], "leaves nothing of device.memory_gib=40"),
-    "devices": (["task=plan", "plan.devices=8"], "add plan.search=true (the layout at hand has 1 ranks)"),
+    "devices": (
+        ["task=plan", "plan.devices=8"],
+        "parallel=auto (the layout at hand has 1 ranks)",
+    ),
     "fit": (["task=plan", "plan.require_fit=true"], "needs device.memory_gib: choose a device"),
     "search": (["task=plan", "plan.search=true"], "device=auto does not state device.memory_gib"),
     "peak": (["task=plan", "plan.search=true", "device=v100_32", "precision=bf16"], "device.peak_tflops.bf16"),

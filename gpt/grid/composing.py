@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from gpt import cli, driver, planning, trained
 from gpt.config import Config, UserError
 from gpt.grid.cells import Cell
-from gpt.rules import check
 
 Composed = tuple[list[str], Config | list[str]]  # the overrides, and the configuration or its problems
 
@@ -51,7 +50,7 @@ def compose(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[st
 def _one(loader: Any, master: DictConfig, overrides: list[str]) -> tuple[Config, Path]:
     composed = loader.load_sweep_config(master, overrides)
     HydraConfig.instance().set_config(composed)
-    config = cli.checked(cli.job_config(composed), composed.hydra.runtime.choices)
+    config = cli.checked(cli.job_config(composed), composed.hydra.runtime.choices, overrides)
     if config.checkpoint and trained.reads_one(config.task):
         return config, trained.home(Path(config.checkpoint))
     return config, Path(str(composed.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)
@@ -65,7 +64,7 @@ def plans(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str]
         try:
             composed = loader.load_sweep_config(master, overrides)
             HydraConfig.instance().set_config(composed)
-            config, problems = check(cli.job_config(composed), dict(composed.hydra.runtime.choices))
+            config, problems = cli.examined(cli.job_config(composed), composed.hydra.runtime.choices, overrides)
             found.append((overrides, problems if problems or config is None else config))
         except cli.CONFIG_ERRORS as error:
             found.append((overrides, [str(error).splitlines()[0]]))

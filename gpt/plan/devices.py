@@ -43,6 +43,15 @@ def table() -> dict[str, DeviceSpec]:
     return found
 
 
+def this_host() -> DeviceSpec:
+    """``device=cpu``: this host as it was measured, with None where it was not."""
+    path = Path(conf_dir(), "device", "cpu.yaml")
+    OmegaConf.register_new_resolver("calibrated", calibrated, replace=True)
+    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DeviceSpec), OmegaConf.load(path)))
+    assert isinstance(spec, DeviceSpec)
+    return spec
+
+
 def called(device_name: str) -> DeviceSpec | None:
     """The device that Paddle calls so; the longest part of the name that matches decides.
 

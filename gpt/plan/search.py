@@ -5,16 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gpt.config import Config, Parallel, Recompute, UserError, global_batch_size, micro_batch_size
+from gpt.config import Config, Parallel, Recompute, UserError, global_batch_size, micro_batch_size, world_size
 from gpt.config_plan import DeviceSpec
 from gpt.plan.cost import Cost, cost, missing
-from gpt.plan.devices import of_rank
 from gpt.plan.footprint import memory
 from gpt.rules import rule_problems
 
 GIB = 2**30
 HARDER = (Recompute.none, Recompute.core_attn, Recompute.full_attn, Recompute.full)  # each keeps less, computes more
 MOST_MICRO = 64  # samples of a micro batch: beyond, products are as large as they need to be
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a search may not choose, because the user did; None: may be chosen."""
+
+    dp_degree: int | None = None
+    sharding_degree: int | None = None
+    sharding_stage: int | None = None
+    mp_degree: int | None = None
+    pp_degree: int | None = None
+    virtual_pp_degree: int | None = None
+    sequence_parallel: bool | None = None
+    micro_batch_size: int | None = None
+    recompute: Recompute | None = None
+
+    def allows(self, parallel: Parallel) -> bool:
+        """Whether a layout has what is given."""
+        return all(getattr(self, key, None) in (None, value) for key, value in vars(parallel).items())
+
+
+FREE = Given()
 
 
 @dataclass(frozen=True)
@@ -37,9 +58,9 @@ class Candidate:
 
 
 def limit(config: Config) -> float | None:
-    """Bytes of a device that a job may use; None where its memory is not stated."""
-    gib = of_rank(config).memory_gib
-    return (gib - config.plan.reserve_gib) * GIB if gib else None
+    """Bytes of its device that a rank may use, of a shared one its part; None where its memory is not stated."""
+    gib, shared = config.device.memory_gib, config.device.shared
+    return (gib - config.plan.reserve_gib) * GIB / (world_size(config) if shared else 1) if gib else None
 
 
 def fits(config: Config) -> bool | None:
@@ -68,22 +89,26 @@ def search(config: Config, devices: int, device: DeviceSpec | None = None) -> li
     lacking = [*missing(config, devices), *([] if config.device.memory_gib else ["device.memory_gib"])]
     if lacking:
         raise UserError.of([f"a search needs {', '.join(lacking)}: choose a device with device=..."])
-    # Of equals, larger micro batches: larger products and fewer of them, which the times do not know.
-    return sorted(candidates(config, devices), key=lambda one: (one.seconds, -micro_batch_size(one.config), one.bytes))
+    return sorted(candidates(config, devices), key=rank)
 
 
-def candidates(config: Config, devices: int) -> Iterator[Candidate]:
+def rank(candidate: Candidate) -> tuple[float, int, int]:
+    """The order of candidates. Of equals, larger micro batches: fewer, larger products, which the times do not know."""
+    return candidate.seconds, -micro_batch_size(candidate.config), candidate.bytes
+
+
+def candidates(config: Config, devices: int, given: Given = FREE) -> Iterator[Candidate]:
     """The same in no order, and also without times; ``device.memory_gib`` must be stated."""
     config = replace(config, trainer=replace(config.trainer, global_batch_size=global_batch_size(config)))
-    for layout in _layouts(config, devices):
-        yield from _fitting(layout)
+    for layout in _layouts(config, devices, given):
+        yield from _fitting(layout, given)
 
 
 def _divisors(of: int) -> list[int]:
     return [d for d in range(1, of + 1) if of % d == 0]
 
 
-def _layouts(config: Config, devices: int) -> Iterator[Config]:
+def _layouts(config: Config, devices: int, given: Given) -> Iterator[Config]:
     """Every product of degrees, with every sharding stage and number of virtual stages."""
     m, batch, length = config.model, global_batch_size(config), config.data.seq_len
     for mp in _divisors(devices):
@@ -96,22 +121,25 @@ def _layouts(config: Config, devices: int) -> Iterator[Config]:
             for sharding in _divisors(replicas):
                 for stage in (1, 2, 3) if sharding > 1 and pp == 1 else (1,):
                     for virtual in _divisors(m.layers // pp) if pp > 2 else (1,):
-                        by_position = mp > 1 and length % mp == 0
+                        by_position = mp > 1 and length % mp == 0 and given.sequence_parallel is not False
                         degrees = Parallel(replicas // sharding, sharding, stage, mp, pp, virtual, by_position)
-                        yield replace(config, parallel=degrees)
+                        if given.allows(degrees):
+                            yield replace(config, parallel=degrees)
 
 
-def _fitting(layout: Config) -> Iterator[Candidate]:
+def _fitting(layout: Config, given: Given) -> Iterator[Candidate]:
     """The micro batches that fit, each with the least recomputation that makes it fit."""
     p, batch = layout.parallel, global_batch_size(layout)
     room = limit(layout)
     assert room is not None
     for micro in _divisors(batch // (p.dp_degree * p.sharding_degree)):
-        if micro > MOST_MICRO:
+        if given.micro_batch_size not in (None, micro):
+            continue
+        if micro > MOST_MICRO and given.micro_batch_size is None:
             return
         trainer = replace(layout.trainer, micro_batch_size=micro)
         fitted = False
-        for how in HARDER:
+        for how in (given.recompute,) if given.recompute else HARDER:
             exempt = [] if how is Recompute.none else layout.model.no_recompute_layers
             model = replace(layout.model, recompute=how, no_recompute_layers=exempt)
             config = replace(layout, model=model, trainer=trainer)
@@ -125,19 +153,18 @@ def _fitting(layout: Config) -> Iterator[Candidate]:
             return
 
 
+def degree_keys(p: Parallel) -> list[str]:
+    """Keys that make these degrees from ``parallel=single``."""
+    numbers = {key: value for key, value in vars(p).items() if type(value) is int}
+    keys = [f"parallel.{key}={value}" for key, value in numbers.items() if value > 1]
+    return [*keys, *(["parallel.sequence_parallel=true"] if p.sequence_parallel else [])]
+
+
 def overrides(config: Config) -> list[str]:
     """Keys that make the layout of ``config`` from ``parallel=single``."""
-    p, m, trainer = config.parallel, config.model, config.trainer
-    degrees = {
-        "dp_degree": p.dp_degree,
-        "sharding_degree": p.sharding_degree,
-        "sharding_stage": p.sharding_stage,
-        "mp_degree": p.mp_degree,
-        "pp_degree": p.pp_degree,
-        "virtual_pp_degree": p.virtual_pp_degree,
-    }
-    keys = [f"parallel.{key}={value}" for key, value in degrees.items() if value > 1]
-    keys += ["parallel.sequence_parallel=true"] if p.sequence_parallel else []
-    keys += [f"trainer.micro_batch_size={trainer.micro_batch_size}"]
-    keys += [f"trainer.global_batch_size={global_batch_size(config)}", f"model.recompute={m.recompute.value}"]
+    keys = [*degree_keys(config.parallel), f"trainer.micro_batch_size={config.trainer.micro_batch_size}"]
+    keys += [
+        f"trainer.global_batch_size={global_batch_size(config)}",
+        f"model.recompute={config.model.recompute.value}",
+    ]
     return ["parallel=single", *keys]

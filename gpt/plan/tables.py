@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gpt.config import Config, Recompute, accumulate_steps, global_batch_size, micro_batch_size
 from gpt.plan import counts, footprint
+from gpt.plan.choice import Choice
 from gpt.plan.cost import Cost, cost, missing
 from gpt.plan.footprint import Memory
 from gpt.plan.search import GIB, Candidate, fits, limit
@@ -129,6 +130,7 @@ def grid_row(config: Config) -> Row:
     return (config.model.name, layout(config), batch, how, f"{need.total / GIB:.1f}", verdict, *figures)
 
 
+SPEEDS = ("s/step", "tokens/s", "MFU")
 SEARCH = ("", "layout", "micro", "recompute", "GiB", "s/step", "tokens/s", "MFU", "bound by")
 
 
@@ -142,6 +144,25 @@ def search_rows(found: list[Candidate], top: int) -> list[Row]:
         size = str(micro_batch_size(one.config))
         rows.append((str(number), layout(one.config), size, how, f"{one.bytes / GIB:.1f}", *figures))
     return rows
+
+
+def choice_columns(choice: Choice) -> tuple[Row, list[Row]]:
+    """Header and rows of the layouts that were best; where rates had to be assumed, times only compare."""
+    best, guessed = choice.best, bool(choice.assumed)
+    header = ("", "layout", "micro", "recompute", "GiB", "share", *(("time, best 1",) if guessed else SPEEDS))
+    rows: list[Row] = []
+    for number, one in enumerate(best, 1):
+        room = limit(one.config)
+        assert room is not None
+        assert one.cost is not None
+        speed: Row = (f"{one.seconds / best[0].seconds:.3f}",)
+        if not guessed:
+            speed = (f"{one.seconds:.3g}", f"{one.cost.tokens_per_second:,.0f}", f"{one.cost.mfu:.1%}")
+        size, how = str(micro_batch_size(one.config)), one.config.model.recompute.value
+        rows.append(
+            (str(number), layout(one.config), size, how, f"{one.bytes / GIB:.3g}", f"{one.bytes / room:.0%}", *speed)
+        )
+    return header, rows
 
 
 def _short(count: float) -> str:

@@ -33,9 +33,8 @@ def judge(config: Config) -> Verdict:
         lines = [f"{gib(need.total)}{where}, {largest}", *_holders(config)]
         return Verdict(None, lines)
     device, spare = devices.of_rank(config), room - need.total
-    have = (
-        f"{gib(room)} of {device.name or 'the device'} ({device.memory_gib:.4g} less {config.plan.reserve_gib:g} kept)"
-    )
+    kept = config.plan.reserve_gib / (world_size(config) if device.shared else 1)
+    have = f"{gib(room)} of {device.name or 'the device'} ({device.memory_gib:.4g} less {kept:.3g} kept)"
     if spare >= 0:
         lines = [f"fits: {gib(need.total)}{where} within the {have}; {gib(spare)} to spare; {largest}"]
         time = cost(config)
