@@ -6,6 +6,7 @@ command's overrides and this machine, so that the same command finds its run aga
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def for_task(whole: DictConfig, composed: DictConfig) -> DictConfig:
     task = str(getattr(whole.get("task"), "value", whole.get("task")))
     dropped = {"serve": ("dp_degree", "sharding_degree", "sharding_stage"), "export": KEYS}.get(task, ())
     if free := [key for key in dropped if key in wanted(composed)]:
-        whole = OmegaConf.masked_copy(whole, [str(key) for key in whole])
+        whole = copy.deepcopy(whole)
         for key in free:
             whole.parallel[key] = ONE.get(key, 1)
     return whole
@@ -188,7 +189,8 @@ def _chosen(alone: Config, given: Given) -> Choice:
         (alone.model, alone.data.seq_len, alone.trainer, alone.optimizer, alone.precision, alone.plan, ground, given)
     )
     if key not in _CHOSEN:
-        job = replace(alone, device=ground.device, plan=replace(alone.plan, devices=None))
+        # For the training, whatever the task: a task on a trained run must find it.
+        job = replace(alone, task=Task.pretrain, device=ground.device, plan=replace(alone.plan, devices=None))
         count = ground.count
         if not ground.exact:  # of cores that do not divide the batch the most that do
             layouts = (n for n in range(count, 0, -1) if choice.legal(_batch_for(job, n, given), n, given))
@@ -210,7 +212,7 @@ def _with(composed: DictConfig, taken: Config, free: list[str], given: Given) ->
 
     A value that already means the same stays, so that the run is that of the preset with these degrees.
     """
-    result = OmegaConf.masked_copy(composed, [str(key) for key in composed])
+    result = copy.deepcopy(composed)
     changed: dict[str, Any] = {}
     with open_dict(result):
         for key in free:

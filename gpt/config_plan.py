@@ -53,6 +53,8 @@ class Plan:
     reserve_gib: float = 2.0  # of every device's memory, for its context, NCCL and what fragments
     require_fit: bool = False  # leave with 2 if the job does not fit
     search: bool = False  # rank all layouts of plan.devices devices
-    devices: int | None = None  # None: as many as the layout at hand has ranks
+    devices: int | None = (
+        None  # of a search, or of parallel=auto; None: as the layout at hand has ranks, or as are here
+    )
     top: int = 10  # layouts to show
     picture: str | None = None  # file for the pipeline's timeline, .svg or .png

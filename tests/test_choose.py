@@ -56,14 +56,14 @@ def name(*overrides: str) -> str:
         return Path(compose("config", list(overrides), return_hydra_config=True).hydra.run.dir).name
 
 
-@pytest.mark.parametrize(("model", "devices"), [("345m", 8), ("1.3b", 8), ("175b", 128)])
+@pytest.mark.parametrize(("model", "devices"), [("1.3b", 8), ("175b", 128)])
 def test_the_fastest_layout_that_fits_is_taken(model: str, devices: int) -> None:
     taken = planned(f"model={model}", f"plan.devices={devices}", *A100)
     best = search.search(taken, devices)[0]
     assert world_size(taken) == devices
     assert search.fits(taken)
     assert (taken.parallel, taken.model.recompute) == (best.config.parallel, best.config.model.recompute)
-    assert global_batch_size(taken) == {"345m": 64, "1.3b": 64, "175b": 1536}[model]
+    assert global_batch_size(taken) == {"1.3b": 64, "175b": 1536}[model]
 
 
 def test_on_a_cpu_there_is_a_rank_per_core_and_the_run_is_that_of_the_preset() -> None:
@@ -74,7 +74,7 @@ def test_on_a_cpu_there_is_a_rank_per_core_and_the_run_is_that_of_the_preset() -
     assert name("parallel=auto").startswith("tiny_sharding2_stage2_")
 
 
-@pytest.mark.parametrize("model", ["tiny", "345m", "1.3b"])
+@pytest.mark.parametrize("model", ["tiny", "1.3b"])
 def test_the_degrees_by_hand_are_the_same_run(model: str) -> None:
     job = [f"model={model}", *A100, "data=tokens", "data.path=x"]
     found, command = choosing._TAKEN[choosing._key(planned(*job, "plan.devices=8"))]
@@ -215,7 +215,16 @@ def test_a_server_is_one_replica_and_an_export_one_rank_of_the_same_run() -> Non
 
 
 def test_a_checkpoint_is_read_by_the_layout_of_its_own_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = configured([*SMALL, "model.heads=1", "trainer.global_batch_size=1", "data=tokens", "data.path=x"])
+    there = configured(
+        [
+            *SMALL,
+            "model.heads=1",
+            "trainer.global_batch_size=1",
+            "trainer.micro_batch_size=1",
+            "data=tokens",
+            "data.path=x",
+        ]
+    )
     monkeypatch.setattr(trained, "config_of", lambda config: there)
     assert configured(["parallel=auto", "task=evaluate"]).parallel.dp_degree == 1  # the default model's: sharding 2
     taken = configured(["parallel=auto", "task=evaluate", "checkpoint=x"])
@@ -235,17 +244,16 @@ def test_every_sentence_says_what_the_other_spends(capsys: pytest.CaptureFixture
     assert "parallel=auto" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("width", [80, 120])
-def test_the_choice_reads_well_in_a_terminal(
-    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_choice_reads_well_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("COLUMNS", "80")
     choosing.show(planned("model=175b", "plan.devices=128", *A100), Console())
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
-    assert max(map(len, shown.splitlines())) <= width
-    (row,) = [line for line in shown.splitlines() if "mp4+sp pp4/v3" in line and "none" in line and "%" in line]
-    assert len(row.split()) == 11
+    assert max(map(len, shown.splitlines())) <= 80
+    (row,) = [line for line in shown.splitlines() if line.startswith(" 1  sharding8/1 mp4+sp ")]
+    assert len(row.split()) == 10  # every figure on one line
 
 
 def test_a_grid_of_plans_chooses_for_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -276,5 +284,5 @@ def test_a_run_has_the_chosen_degrees_and_goes_on_under_the_same_command(
     assert again.out.startswith("this run is done"), again.text
     refused = gpt(*small, "parallel=auto", "plan.devices=7")
     assert refused.code == 2
-    assert "no layout of 7 cores is possible" in refused.err
+    assert "no layout of 7 cores with trainer.micro_batch_size=4 is possible" in refused.err
     assert [path.name for path in (tmp_path / "outputs").glob("tiny_*")] == [run.name]

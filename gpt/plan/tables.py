@@ -159,9 +159,9 @@ def choice_columns(choice: Choice) -> tuple[Row, list[Row]]:
         if not guessed:
             speed = (f"{one.seconds:.3g}", f"{one.cost.tokens_per_second:,.0f}", f"{one.cost.mfu:.1%}")
         size, how = str(micro_batch_size(one.config)), one.config.model.recompute.value
-        rows.append(
-            (str(number), layout(one.config), size, how, f"{one.bytes / GIB:.3g}", f"{one.bytes / room:.0%}", *speed)
-        )
+        need = one.bytes / GIB
+        memory = (f"{need:.1f}" if need >= 1 else f"{need:.2f}", f"{one.bytes / room:.0%}")
+        rows.append((str(number), layout(one.config), size, how, *memory, *speed))
     return header, rows
 
 
