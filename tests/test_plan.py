@@ -215,7 +215,7 @@ def options(group: str) -> list[str]:
 
 def test_every_model_on_every_layout_is_planned_and_its_figures_agree() -> None:
     models = {name: configured([f"model={name}", *DATA]) for name in options("model")}
-    files = [ROOT / "conf" / "parallel" / f"{name}.yaml" for name in options("parallel")]
+    files = [ROOT / "conf" / "parallel" / f"{name}.yaml" for name in options("parallel") if name != "auto"]
     layouts = [Parallel(**OmegaConf.load(file)) for file in files]  # type: ignore[arg-type]
     planned = 0
     for config in models.values():
