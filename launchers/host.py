@@ -83,6 +83,8 @@ def presets_up_to(ranks: int) -> list[str]:
     sizes = {}
     for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
         degrees: Any = OmegaConf.load(path)
+        if OmegaConf.missing_keys(degrees):
+            continue  # parallel=auto
         sizes[path.stem] = math.prod([degrees.get(f"{name}_degree", 1) for name in ("dp", "sharding", "mp", "pp")])
     return sorted((name for name, size in sizes.items() if size <= ranks), key=lambda name: -sizes[name])
 
