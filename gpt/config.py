@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from gpt.config_evaluate import Evaluate
-from gpt.config_grid import Grid, Report
+from gpt.config_grid import Grid, Optuna, Report
 from gpt.config_plan import DeviceSpec, Plan
 from gpt.config_prepare import Prepare
 from gpt.config_text import Generate, Serve
@@ -282,6 +282,7 @@ class Config:
     import_weights: ImportWeights = field(default_factory=ImportWeights)
     export: Export = field(default_factory=Export)
     grid: Grid = field(default_factory=Grid)
+    optuna: Optuna = field(default_factory=Optuna)
     report: Report = field(default_factory=Report)
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 
 from omegaconf import MISSING
 
@@ -24,3 +25,25 @@ class Report:
 
     path: str | None = None  # a grid, or any folder with runs in it
     output: str | None = None  # the folder that gets the page and the tables; None: the same
+
+
+class Sampler(Enum):
+    """How Optuna proposes values."""
+
+    tpe = "tpe"
+    random = "random"
+
+
+@dataclass
+class Optuna:
+    """A search over hyper-parameters (``-m hparams=optuna``). None of it changes what a trial computes."""
+
+    trials: int = MISSING
+    parallel: int | None = None  # trials at a time; None: as many as the slots hold
+    sampler: Sampler = MISSING
+    seed: int = MISSING
+    startup_trials: int = MISSING
+    space: dict[str, str] = field(default_factory=dict)  # key -> a sweep as on the command line, which wins
+    prune: bool = MISSING
+    prune_from: int | None = None  # steps of the first rung; None: Optuna's estimate from the first whole trial
+    reduction_factor: int = MISSING

@@ -32,7 +32,7 @@ from gpt.text.request import Sampling
 
 NO_GROUPS = (
     "seed", "tags", "notes", "checkpoint", "prompt",
-    "yes", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan", "grid", "report",
+    "yes", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan", "grid", "optuna", "report",
 )  # fmt: skip
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 

@@ -77,7 +77,7 @@ FLOORS = [
     {"gpt.model", "gpt.runs", "gpt.weights.eight_bits"},
     {"gpt.trained", "gpt.text.choice", "gpt.text.growing", "gpt.text.prompts", "gpt.text.decoder"},
     {"gpt.pipeline", "gpt.evaluation", "gpt.grid", "gpt.grid.cells"},
-    {"gpt.grid.folder"},
+    {"gpt.grid.folder", "gpt.grid.study"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
     {"gpt.engine", "gpt.text.search", "gpt.text.beams", "gpt.text.scoring"},
     {"gpt.weights.importing", "gpt.weights.exporting", "gpt.weights.static"},
