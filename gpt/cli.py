@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -43,12 +45,17 @@ def register() -> None:
 
 
 def _run_name(*, _root_: DictConfig) -> str:
-    choices = dict(_root_.hydra.runtime.choices)
-    config, _ = choosing.filled(job_config(_root_), choices, list(_root_.hydra.overrides.task))
+    hydra = _root_.hydra
+    return name_of_run(job_config(_root_), dict(hydra.runtime.choices), list(hydra.overrides.task), Path("outputs"))
+
+
+def name_of_run(composed: DictConfig, choices: dict[str, Any], overrides: Sequence[str], outputs: Path) -> str:
+    """The run of a configuration, as it is called in ``outputs`` if it is there under another preset's name."""
+    config, _ = choosing.filled(composed, choices, overrides)
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
     plain = {str(key): value for key, value in resolved.items()}
-    return found_again(run_name(plain, choosing.name(plain["parallel"], str(choices.get("parallel")))))
+    return found_again(run_name(plain, choosing.name(plain["parallel"], str(choices.get("parallel")))), outputs)
 
 
 def _run_dir(*, _root_: DictConfig) -> str:
@@ -122,18 +129,30 @@ def fail(message: str) -> None:
 
 
 def explain(error: BaseException, arguments: list[str]) -> str:
-    """Why the command line could not be composed: each override is tried alone, so all bad ones are named."""
-    problems = []
-    for override in overrides_of(arguments):
-        try:
-            for single in _expand(override):
-                with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
-                    composed = compose("config", [single], return_hydra_config=True)
-                    with open_dict(composed):
-                        OmegaConf.to_container(job_config(composed), resolve=False)
-        except CONFIG_ERRORS as problem:
-            problems.append(_translate(override, problem))
-    return str(UserError.of(problems or [_first_lines(error)]))
+    """Why the command line could not be composed."""
+    return str(UserError.of(reasons(error, overrides_of(arguments))))
+
+
+def reasons(error: BaseException, overrides: list[str]) -> list[str]:
+    """Why these overrides could not be composed: each is tried alone, so all bad ones are named."""
+    return [problem for override in overrides if (problem := _alone(override))] or [_first_lines(error)]
+
+
+@functools.cache
+def _alone(override: str) -> str | None:
+    ours = GlobalHydra.instance()
+    former, ours.hydra = ours.hydra, None  # of a grid, which is composing right now
+    try:
+        for single in _expand(override):
+            with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
+                composed = compose("config", [single], return_hydra_config=True)
+                with open_dict(composed):
+                    OmegaConf.to_container(job_config(composed), resolve=False)
+    except CONFIG_ERRORS as problem:
+        return _translate(override, problem)
+    finally:
+        ours.hydra = former
+    return None
 
 
 def with_text_quoted(arguments: list[str]) -> list[str]:

@@ -29,11 +29,15 @@ class UserError(Exception):
         '2 problems, nothing was started:\\n  - a is 3\\n  - b is 4'
     """
 
+    def __init__(self, message: str, problems: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.problems = problems or [message]
+
     @classmethod
     def of(cls, problems: list[str]) -> UserError:
         """Join all problems of one command into one error."""
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        return cls(f"{head}, nothing was started:\n" + "\n".join(f"  - {p}" for p in problems))
+        return cls(f"{head}, nothing was started:\n" + "\n".join(f"  - {p}" for p in problems), problems)
 
 
 class Task(Enum):
@@ -306,9 +310,15 @@ def typed(plain: Any) -> Config:
 
 def plain(config: Config) -> dict[str, Any]:
     """The inverse of ``typed``: only str, int, float, bool, None, list and dict, as JSON holds them."""
-    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    return {key: _plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def replicas(config: Config) -> int:

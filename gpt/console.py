@@ -10,6 +10,8 @@ from typing import Protocol
 
 from rich import box
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -38,9 +40,9 @@ class Console:
     def __init__(self) -> None:
         self._rich = RichConsole(highlight=False, soft_wrap=True)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, style: str = "") -> None:
         """A sentence."""
-        self._rich.print(Text(text))
+        self._rich.print(Text(text, style=style))
 
     def show(self, text: str) -> None:
         """Text as it is, also half a line."""
@@ -129,6 +131,15 @@ class Console:
             yield _Live(bar, bar.add_task("train", total=steps, figures="starting"))
 
     @contextmanager
+    def live(self) -> Iterator[Screen]:
+        """While many jobs run: in a terminal, the place below all lines where they are drawn."""
+        if not self._rich.is_terminal:
+            yield Screen(None)
+            return
+        with Live(console=self._rich, auto_refresh=False, transient=True) as live:
+            yield Screen(live)
+
+    @contextmanager
     def measure(self) -> Iterator[Callable[[Tally], None]]:
         """While text is prepared; yields what is to be told the tally: a bar, or in a pipe a line every ten seconds."""
         times: list[float] = []  # when the first tally came, and when the last line was written
@@ -165,6 +176,28 @@ def _pace(tally: Tally, began: float) -> str:
     left = (tally.total - tally.progress) * seconds / here if here > 0 and tally.total else None
     eta = f"  eta {left // 3600:.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}" if left is not None else ""
     return f"{rate / 1e6:.1f} MB/s  {tally.documents:,} documents{eta}"
+
+
+class Screen:
+    """Where something is drawn anew again and again; nowhere in a pipe."""
+
+    def __init__(self, live: Live | None) -> None:
+        self._live = live
+
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a terminal."""
+        return self._live is not None
+
+    @property
+    def height(self) -> int:
+        """Lines that there are."""
+        return self._live.console.height if self._live else 0
+
+    def draw(self, what: RenderableType) -> None:
+        """Replace what was drawn."""
+        if self._live:
+            self._live.update(what, refresh=True)
 
 
 class _Plain:

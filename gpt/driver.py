@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from gpt import choosing, evaluation, plan, planning, rules, runs, trained
@@ -24,8 +25,13 @@ from gpt.weights import exporting, importing
 from launchers import group, host
 
 
-def gate(config: Config, run_dir: Path) -> None:
+def gate(config: Config, run_dir: Path, data_problems: Callable[[Config], list[str]] = corpus.check) -> None:
     """Everything that can be known to be wrong before anything is created.
+
+    Args:
+        config: of the command.
+        run_dir: of its run.
+        data_problems: what is wrong with the data; a grid looks once at what its cells share.
 
     Raises:
         UserError: listing every problem.
@@ -45,7 +51,7 @@ def gate(config: Config, run_dir: Path) -> None:
     problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
     problems += host.problems(config, role.here(ranks))
     if config.task is Task.pretrain:
-        problems += corpus.check(config) + runs.conflicts(run_dir, config) + trained.start_problems(config)
+        problems += data_problems(config) + runs.conflicts(run_dir, config) + trained.start_problems(config)
     if job and config.task is Task.generate:
         problems += prompts.check(job.config, trained.vocabulary(job))
     if job and config.task is Task.serve:

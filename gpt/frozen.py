@@ -13,8 +13,8 @@ from pathlib import Path
 from gpt import driver, ends
 from gpt.grid.cells import Cell
 from gpt.guard import die_with_parent
-
-CORES, PARENT = "GPT_CORES", "GPT_GRID_PID"
+from launchers.pool import PARENT
+from launchers.slots import CORES
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from gpt.runs import Job, lock_of
 from launchers import group, local, places, roles
 from launchers.ending import Outcome
 from launchers.places import Place
+from launchers.pool import RUN_LOCK, SLOT_LOCKS
 from launchers.watchdog import Watchdog
 
-HANDED_LOCK = "GPT_RUN_LOCK"  # number of a file descriptor
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
 
 
@@ -39,7 +39,7 @@ def locked(run_dir: Path, console: Console) -> Iterator[Lock]:
     A grid has locked it before it started us, and handed the lock over.
     """
     lock = lock_of(run_dir)
-    if inherited := os.environ.pop(HANDED_LOCK, ""):
+    if inherited := os.environ.pop(RUN_LOCK, ""):
         lock.descriptor = int(inherited)
     elif not lock.acquire():
         console.note(f"{run_dir} is in use; waiting up to {PATIENCE_SECONDS:.0f} s for its workers to end")
@@ -57,6 +57,7 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     Raises:
         JobFailed: a worker ended with anything but 0.
     """
+    slots = tuple(map(int, filter(None, os.environ.pop(SLOT_LOCKS, "").split(","))))
     config, logs, ranks = job.config, job.run_dir / "logs", world_size(job.config)
     line = talk.Driver(console.show) if _speaks(config) else None
     training, gpu = config.task is Task.pretrain, config.cluster.device is Device.gpu
@@ -88,7 +89,7 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
             show=progress.line,
             poll=poll,
             others=hub.remotes,
-            hand_over=((lock.descriptor,) if lock else ()) + ((line.descriptor,) if line else ()),
+            hand_over=slots + ((lock.descriptor,) if lock else ()) + ((line.descriptor,) if line else ()),
             retry=not hub.role.starter,
         )
         poll()

@@ -27,22 +27,18 @@ cli.register()
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _composed(composed: DictConfig) -> float | None:
-    """A single run, or with ``hydra/launcher=basic`` a cell of a grid in this process."""
+    """A single run: a grid's cells are started as ``gpt.frozen``."""
     hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        cli.fail("1 problem, nothing was started:\n  - hydra/launcher: grids run with hydra/launcher=pool, the default")
     config = cli.checked(composed, hydra_config.runtime.choices, list(hydra_config.overrides.task))
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
-        if hydra_config.mode is RunMode.MULTIRUN:  # a single run has passed the gate already
-            driver.gate(config, run_dir)
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
     except ends.ERRORS as error:
         if isinstance(error, UserError):
             _remove_if_empty(run_dir)  # Hydra has made it by now
-        code = ends.said(error)
-        # After an Exception Hydra goes on with a grid's next cell; SystemExit ends it.
-        if hydra_config.mode is RunMode.RUN or code in ends.STOPPED:
-            sys.exit(code)
-        raise
+        sys.exit(ends.said(error))
 
 
 def _remove_if_empty(folder: Path) -> None:

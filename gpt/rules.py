@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Iterator
@@ -55,8 +56,33 @@ def check(composed: DictConfig, choices: dict[str, Any]) -> tuple[Config | None,
     problems += unknown_keys(plain)
     if missing or any(choices.get(group) is None for group in _required_groups()):
         return None, problems
-    config = schema.typed(plain)
+    config = _as_composed(composed) or schema.typed(plain)
     return config, problems + rule_problems(config)
+
+
+def _as_composed(composed: DictConfig) -> Config | None:
+    """The configuration as it was composed from the schema, which has checked its types; None if a part was not."""
+    hints = typing.get_type_hints(Config)
+    parts = {key: kind for key, kind in hints.items() if dataclasses.is_dataclass(kind)}
+    found = OmegaConf.to_object(composed)
+    if isinstance(found, Config):
+        return found
+    assert isinstance(found, dict)
+    if set(found) != set(hints) or any(type(found[key]) is not kind for key, kind in parts.items()):
+        return None
+    values = OmegaConf.merge(_root_values(), {key: value for key, value in found.items() if key not in parts})
+    return Config(**vars(OmegaConf.to_object(values)), **{key: found[key] for key in parts})
+
+
+@functools.cache
+def _root_values() -> DictConfig:
+    """Schema of what is not in a section: a copy of the root has lost the types of these."""
+    hints = typing.get_type_hints(Config)
+    fields = [(f.name, hints[f.name], dataclasses.field(default=f.default)) for f in dataclasses.fields(Config)]
+    made = dataclasses.make_dataclass("Root", [each for each in fields if not dataclasses.is_dataclass(each[1])])
+    structured = OmegaConf.structured(made)
+    assert isinstance(structured, DictConfig)
+    return structured
 
 
 def known_keys(of: type = Config, prefix: str = "") -> Iterator[str]:
@@ -84,7 +110,7 @@ def suggest(key: str, among: list[str]) -> str:
 
 def unknown_keys(plain: dict[Any, Any]) -> list[str]:
     """Find what '+key=value' smuggled in; the strays are removed from ``plain``."""
-    known = list(known_keys())
+    known = _all_keys()
     problems: list[str] = []
 
     def walk(node: dict[Any, Any], prefix: str) -> None:
@@ -98,6 +124,11 @@ def unknown_keys(plain: dict[Any, Any]) -> list[str]:
 
     walk(plain, "")
     return problems
+
+
+@functools.cache
+def _all_keys() -> list[str]:
+    return list(known_keys())
 
 
 def _required_groups() -> list[str]:

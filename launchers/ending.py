@@ -15,6 +15,7 @@ READ_LINES = 60  # a reason may stand above a long trace
 SETTLE_SECONDS = 0.3  # ranks that fail together are compared before one is blamed
 VICTIM_SECONDS = 3.0  # a lost connection has a cause, whose process may still be dying
 GRACE_SECONDS = 60.0  # from a signal to SIGKILL: time to finish the step and to save
+END_SECONDS = 5.0  # for what is ended without having to save
 
 # What Gloo, NCCL and Paddle's store say when the other side is gone. Paddle's Gloo calls any lost pair a TIMEOUT.
 _LOST = re.compile(

@@ -15,11 +15,10 @@ from types import FrameType
 
 from gpt.config import Config, Task
 from launchers import host
-from launchers.ending import GRACE_SECONDS, READ_LINES, Outcome, Watched, blamed
+from launchers.ending import END_SECONDS, GRACE_SECONDS, READ_LINES, Outcome, Watched, blamed
 from launchers.places import Place
 
 POLL_SECONDS = 0.05
-END_SECONDS = 5.0  # for the ranks that a failure of another one ends
 TRACE_SECONDS = 0.5  # for a stuck rank to write where it is
 # Big blocks stay in the process: otherwise every temporary of tens of MB is mapped, zeroed page by page and
 # unmapped again, a fifth of a training step on a CPU.

@@ -1,4 +1,8 @@
-"""Jobs side by side on the slots of this host: one process group each, one polling loop, no threads."""
+"""Jobs side by side on the slots of this host: a process group each, one polling loop, no threads.
+
+Who goes first: the largest. What does not fit lets smaller jobs pass, until as many jobs have started on this host
+(of whichever grid) as it has slots; from then on slots that come free are kept for it and nobody else starts.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,22 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from gpt.files import Lock
-from launchers.ending import GRACE_SECONDS
+from launchers.ending import END_SECONDS, GRACE_SECONDS
 from launchers.slots import Slots, Taken
 
 POLL_SECONDS = 0.1
+ELSEWHERE_SECONDS = 1.0  # between looks at what somebody else runs
+# Variables that a job is started with.
+PARENT = "GPT_GRID_PID"  # ends with it
+RUN_LOCK = "GPT_RUN_LOCK"  # descriptor of its run's lock
+SLOT_LOCKS = "GPT_SLOT_LOCKS"  # descriptors of its slots' locks
 
 
 @dataclass
@@ -28,8 +38,9 @@ class Entry:
         command: the process to start; it ends with the job's exit code.
         slots: that it needs.
         log: where its output is appended.
-        lock: taken before the start, and kept open by the process as ``descriptor`` number of ``lock_variable``.
+        lock: taken before the start, and kept open by the process. Two entries with the same one never run at once.
         attempt: how many starts there were.
+        passed: starts on this host when it first did not fit.
     """
 
     name: str
@@ -38,130 +49,204 @@ class Entry:
     log: Path
     lock: Lock
     attempt: int = 0
+    passed: int | None = None
 
 
 @dataclass
 class Running:
-    """A started job."""
+    """A started job. ``output`` is where its part of the log begins."""
 
     entry: Entry
     taken: Taken
     process: subprocess.Popen[bytes]
+    output: int
     began: float = field(default_factory=time.monotonic)
+    pruned: bool = False
 
-    def stop(self, number: signal.Signals) -> None:
-        """Send a signal to its driver, which passes it on to the ranks; SIGKILL to the whole group."""
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send a signal to its driver, which passes it on to the ranks."""
         with contextlib.suppress(ProcessLookupError):
-            if number is signal.SIGKILL:
-                os.killpg(self.process.pid, number)
-            else:
-                self.process.send_signal(number)
+            os.killpg(self.process.pid, number)
+
+    def prune(self) -> None:
+        """End this one: it saves, and is not started again."""
+        if not self.pruned:
+            self.pruned = True
+            self.stop()
+
+
+class Watcher(Protocol):
+    """Who is told what happens."""
+
+    def wanted(self, entry: Entry) -> bool:
+        """Asked when its lock is ours, before the start: somebody else may have done it meanwhile."""
+
+    def started(self, job: Running) -> None:
+        """It runs."""
+
+    def ended(self, job: Running, code: int) -> bool:
+        """It does not; negative codes are signals. Whether to start it once more."""
+
+    def elsewhere(self, entry: Entry) -> None:
+        """Somebody else has its lock. It is left to them, and taken over if they let go of it while we are here."""
+
+    def poll(self, running: list[Running], waiting: list[Entry]) -> None:
+        """Every round."""
 
 
 class Pool:
     """Runs entries until none is left.
 
-    Args:
-        slots: to share out.
-        started: told of a start.
-        ended: told of an end and its exit code; returns whether to start the job once more.
-        elsewhere: told of an entry whose lock somebody else has; it is left to them.
-        poll: called on every round with what runs and what waits.
+    Attributes:
+        running, waiting: entries by what they do.
+        elsewhere: those that others run; at the end, those that they still run.
+        stopped_by: the signal that ended it all.
     """
 
-    def __init__(
-        self,
-        slots: Slots,
-        *,
-        started: Callable[[Running], None],
-        ended: Callable[[Running, int], bool],
-        elsewhere: Callable[[Entry], None],
-        poll: Callable[[list[Running], list[Entry]], None],
-    ) -> None:
+    def __init__(self, slots: Slots, watcher: Watcher) -> None:
         self.slots = slots
+        self.watcher = watcher
         self.running: list[Running] = []
         self.waiting: list[Entry] = []
+        self.elsewhere: list[Entry] = []
         self.stopped_by: signal.Signals | None = None
-        self._since = 0.0
-        self._started, self._ended, self._elsewhere, self._poll = started, ended, elsewhere, poll
+        self._received: list[int] = []
+        self._deadline: float | None = None  # for what still runs when all is to end
+        self._looked = 0.0
 
     def run(self, entries: list[Entry]) -> None:
-        """Start the largest first, so that none waits for many slots behind many small ones, and watch all to their
-        end. The first SIGTERM or Ctrl-C is passed on, a second one kills."""
-        self.waiting = sorted(entries, key=lambda entry: -entry.slots)
+        """Start what fits and watch all to their end. The first SIGTERM or Ctrl-C is passed on, and all save; a second
+        one ends them at once."""
+        self._queue(entries)
         with self._signals():
             try:
-                while self.waiting or self.running:
+                while self.waiting or self.running or self._freed():
                     self._start_what_fits()
-                    self._poll(self.running, self.waiting)
-                    self._look()
+                    self.watcher.poll(self.running, self.waiting)
                     time.sleep(POLL_SECONDS)
-            finally:
+                    self._obey()
+                    self._look()
+                    if time.monotonic() - self._looked > ELSEWHERE_SECONDS:
+                        self._freed()
+            finally:  # of an error of ours; they save and end by themselves
+                self.slots.let_go()
                 for job in self.running:
-                    job.stop(signal.SIGKILL)
+                    job.stop()
 
-    def stop(self, number: signal.Signals) -> None:
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Start no more and end what runs."""
         self.waiting.clear()
+        self.slots.let_go()
+        self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS + END_SECONDS
         for job in self.running:
             job.stop(number)
 
-    def _start_what_fits(self) -> None:
-        for entry in list(self.waiting):
-            taken = self.slots.take(entry.slots)
-            if taken is None:
-                continue
-            self.waiting.remove(entry)
-            if not entry.lock.acquire():
-                taken.release()
-                self._elsewhere(entry)
-                continue
-            entry.attempt += 1
-            self.running.append(self._begin(entry, taken))
-            self._started(self.running[-1])
+    def _queue(self, entries: list[Entry]) -> None:
+        self.waiting = sorted([*self.waiting, *entries], key=lambda entry: -entry.slots)
 
-    def _begin(self, entry: Entry, taken: Taken) -> Running:
+    def _start_what_fits(self) -> None:
+        in_use = {job.entry.lock.path for job in self.running}
+        first, fits = True, self.slots.count
+        for entry in [entry for entry in self.waiting if entry.lock.path not in in_use]:
+            if entry.slots > fits or entry.lock.path in in_use or entry not in self.waiting:
+                continue
+            if (taken := self._take(entry, first)) is None:
+                if first and self._its_turn(entry):
+                    return
+                first, fits = False, entry.slots - 1
+                if not fits:
+                    return
+                continue
+            self._begin(entry, taken)
+            in_use.add(entry.lock.path)
+
+    def _take(self, entry: Entry, first: bool) -> Taken | None:
+        taken = self.slots.take(entry.slots, keep=first and self._its_turn(entry))
+        if taken is None and first and entry.passed is None:
+            entry.passed = self.slots.starts()
+        return taken
+
+    def _its_turn(self, entry: Entry) -> bool:
+        """Whether enough others have passed it."""
+        return entry.passed is not None and self.slots.starts() - entry.passed >= self.slots.count
+
+    def _begin(self, entry: Entry, taken: Taken) -> None:
+        self.waiting.remove(entry)
+        if not entry.lock.acquire():
+            taken.release()
+            self.elsewhere.append(entry)
+            self.watcher.elsewhere(entry)
+            return
+        if not self.watcher.wanted(entry):
+            taken.release()
+            entry.lock.release()
+            return
+        entry.attempt += 1
+        entry.passed = None
+        job = self._start(entry, taken)
+        self.running.append(job)
+        self.watcher.started(job)
+
+    def _start(self, entry: Entry, taken: Taken) -> Running:
         entry.log.parent.mkdir(parents=True, exist_ok=True)
-        handed = (entry.lock.descriptor, *taken.descriptors)
         with open(entry.log, "ab") as log:
+            output = log.tell()
             process = subprocess.Popen(
                 entry.command,
                 env={
                     **os.environ,
                     **self.slots.environment(taken.numbers),
-                    "GPT_GRID_PID": str(os.getpid()),
-                    "GPT_RUN_LOCK": str(entry.lock.descriptor),
+                    PARENT: str(os.getpid()),
+                    RUN_LOCK: str(entry.lock.descriptor),
+                    SLOT_LOCKS: ",".join(map(str, taken.descriptors)),
                     "PYTHONUNBUFFERED": "1",
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=handed,
+                pass_fds=(entry.lock.descriptor, *taken.descriptors),
             )
-        return Running(entry, taken, process)
+        return Running(entry, taken, process, output)
 
     def _look(self) -> None:
         for job in list(self.running):
             code = job.process.poll()
             if code is None:
-                if self.stopped_by and time.monotonic() - self._since > GRACE_SECONDS + 10:
+                if self._deadline and time.monotonic() > self._deadline:
                     job.stop(signal.SIGKILL)
                 continue
             self.running.remove(job)
             job.entry.lock.release()
             job.taken.release()
-            if self._ended(job, code) and not self.stopped_by:
-                self.waiting.append(job.entry)
+            if self.watcher.ended(job, code) and not self._deadline:
+                self._queue([job.entry])
+
+    def _freed(self) -> bool:
+        """Whether somebody has let go of what they ran; it is ours then, unless it is done."""
+        self._looked = time.monotonic()
+        freed = [entry for entry in self.elsewhere if not self._deadline and entry.lock.acquire()]
+        for entry in freed:
+            entry.lock.release()
+            self.elsewhere.remove(entry)
+        self._queue(freed)
+        return bool(freed)
+
+    def _obey(self) -> None:
+        """What signals came meanwhile."""
+        while self._received:
+            number = signal.Signals(self._received.pop(0))
+            if self.stopped_by:  # their drivers end them at a second signal; who does not obey that is killed
+                self._deadline = time.monotonic() + END_SECONDS
+            self.stopped_by = self.stopped_by or number
+            self.stop(number)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def stop(number: int, frame: FrameType | None) -> None:
-            self.stop(signal.SIGKILL if self.stopped_by else signal.Signals(number))
-            if not self.stopped_by:
-                self.stopped_by, self._since = signal.Signals(number), time.monotonic()
+        def note(number: int, frame: FrameType | None) -> None:
+            self._received.append(number)
 
-        former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:

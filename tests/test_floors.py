@@ -104,6 +104,7 @@ FLOORS = [
         "gpt.tasks.serve",
     },
     {"gpt.launching"},
+    {"gpt.grid.checks", "gpt.grid.board"},
     {"gpt.grid.running"},
     {"gpt.choosing"},
     {"gpt.worker", "gpt.driver", "gpt.planning", "gpt.follow", "gpt.cli"},

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from gpt import runs
-from gpt.config import Config, Task, UserError, plain, world_size
-from gpt.files import write_json
+from gpt.config import Config, Resume, Task, UserError, plain, world_size
+from gpt.files import TEMPORARY
+
+LAST_BYTES = 8192  # hold a record
 
 
 class State(Enum):
@@ -50,16 +55,28 @@ class Cell:
         return f"{self.run_dir.name}_{self.config.task.value}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
+    def label(self) -> str:
+        """What tells it from the other cells, for people."""
+        return label(self.differs)
+
+    @property
     def ranks(self) -> int:
         """Slots that it needs."""
         return world_size(self.config)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is a training."""
+        return self.config.task is Task.pretrain
+
     def state(self) -> State:
-        """What has become of it. A task on a trained run is always new: it leaves no record of its own."""
-        if self.config.task is not Task.pretrain:
+        """What has become of it, as its run's folder says."""
+        return State.running if runs.held(self.run_dir) else self.left()
+
+    def left(self) -> State:
+        """The same for who holds the run's lock. What is not training leaves no record there: it is new."""
+        if self.config.task is not Task.pretrain or self.config.trainer.resume is Resume.never:
             return State.new
-        if runs.held(self.run_dir):
-            return State.running
         result = runs.read_result(self.run_dir)
         if result is None:
             return State.interrupted if (self.run_dir / "job.json").exists() else State.new
@@ -68,10 +85,47 @@ class Cell:
             return State.interrupted if short else State.done
         return State.interrupted if status == "stopped" else State.failed
 
+    def newest(self) -> float:
+        """When its run got its newest checkpoint, in seconds since 1970."""
+        try:
+            return (self.run_dir / "checkpoints").stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def record(self) -> dict[str, Any]:
+        """The newest record of its run; empty if there is none, or none is needed."""
+        if self.config.task is not Task.pretrain:
+            return {}
+        try:
+            with open(self.run_dir / "metrics.jsonl", "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
+                for line in reversed(file.read().split(b"\n")[:-1]):
+                    with contextlib.suppress(ValueError):
+                        found: dict[str, Any] = json.loads(line)
+                        return found
+        except OSError:
+            pass
+        return {}
+
+    def value(self) -> float | None:
+        """What a sweeper minimises: the newest validation loss of its run, if it trains."""
+        if self.config.task is not Task.pretrain:
+            return None
+        result = runs.read_result(self.run_dir) or {}
+        found = result.get("val/loss")
+        if found is None:
+            losses = [record["val/loss"] for record in runs.read_metrics(self.run_dir) if "val/loss" in record]
+            found = losses[-1] if losses else None
+        return float(found) if found is not None else None
+
     def freeze(self, file: Path) -> None:
         """Write the command as it is now: what is edited in ``conf/`` later does not change it."""
         frozen = {"overrides": self.overrides, "run_dir": str(self.run_dir.resolve()), "config": plain(self.config)}
-        write_json(file, {**frozen, "differs": self.differs})
+        temporary = file.with_name(
+            f"{TEMPORARY}{file.name}-{os.getpid()}"
+        )  # no flush to disk: it is made anew each time
+        temporary.write_text(json.dumps({**frozen, "differs": self.differs}, indent=2), encoding="utf-8")
+        os.replace(temporary, file)
 
     @classmethod
     def thaw(cls, file: Path) -> Cell:
@@ -86,3 +140,16 @@ class Cell:
             return cls(frozen["overrides"], config, Path(frozen["run_dir"]), frozen["differs"])
         except Exception as error:
             raise UserError(f"{file}: not a frozen command ({type(error).__name__}: {error})") from error
+
+
+def label(overrides: Sequence[str]) -> str:
+    """Overrides as they are shown: the last part of each key is enough, unless two would look the same.
+
+    Example:
+        >>> label(["optimizer.lr=0.001", "seed=1"]), label(["model.hidden=8", "x.hidden=9"])
+        ('lr=0.001 seed=1', 'model.hidden=8 x.hidden=9')
+    """
+    pairs = [override.lstrip("+").partition("=") for override in overrides]
+    short = [key.rsplit(".", 1)[-1] for key, _, _ in pairs]
+    names = short if len(set(short)) == len(short) else [key for key, _, _ in pairs]
+    return " ".join(f"{name}{equals}{value}" for name, (_, equals, value) in zip(names, pairs, strict=True)) or "(one)"

@@ -1,7 +1,8 @@
 """A grid's own folder: which cells it has, what happened to them, their output. Several drivers may write to it.
 
 grid.json                 name, command, and the cells: run name -> overrides, run folder
-events.jsonl              a line per start and end of a cell
+events.jsonl              a line per start and end of a cell: time, cell, attempt, and event
+                          "started": slots; "ended": code; "pruned" (by a sweeper, instead of "ended"): code
 cells/NAME.json           the cell's command, frozen
 cells/NAME.log            what its driver printed
 summary.csv, summary.json, report.html
@@ -18,8 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.config import Task
 from gpt.files import Lock, write_json
-from gpt.grid.cells import Cell
+from gpt.grid.cells import Cell, State
+
+STOPPED = (130, 143, -2, -15)  # exit codes of what was asked to end
+ONCE = (Task.evaluate, Task.generate)  # of a trained run, until that has a newer checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,19 @@ class Folder:
             except ValueError:
                 continue
         return found
+
+    def last_events(self) -> dict[str, dict[str, Any]]:
+        """The last one of every cell."""
+        return {str(event.get("cell")): event for event in self.events()}
+
+    def state(self, cell: Cell, last: dict[str, Any]) -> State:
+        """What has become of a cell: as its run says, and for what leaves no record there as its last event says."""
+        state, code = cell.state(), last.get("code")
+        if state is State.interrupted and code not in (None, 0, *STOPPED):
+            return State.failed  # it left no result
+        if state is State.new and code == 0 and cell.config.task in ONCE and last["time"] > cell.newest():
+            return State.done
+        return State.failed if state is State.new and code not in (None, 0, *STOPPED) else state
 
 
 def name_of(swept: Iterable[str], fixed: Iterable[str]) -> str:

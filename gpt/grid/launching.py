@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,87 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from gpt import driver, planning
-from gpt.config import Task, plain
+from gpt.config import Task
 from gpt.console import Console
-from gpt.grid import composing, running
+from gpt.grid import checks, composing, running
+from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder, name_of
+from gpt.grid.running import Live
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
 
 
-def launch(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
+def launch(
+    loader: Any,
+    master: DictConfig,
+    all_overrides: Sequence[Sequence[str]],
+    watch: Callable[[list[Live]], None] | None = None,
+    *,
+    first: bool = True,
+) -> list[JobReturn]:
     """Run a grid, or a batch of cells that a sweeper asks for.
+
+    Args:
+        loader: Hydra's config loader.
+        master: the configuration of the whole grid.
+        all_overrides: of every cell.
+        watch: is given what runs, twice a second.
+        first: whether it is the first batch.
 
     Raises:
         UserError: a cell cannot be; nothing was started.
-        JobFailed: a cell failed.
+        JobFailed: the grid was stopped.
     """
     console = Console()
     if composing.is_plan(master):
         planning.show_grid(composing.plans(loader, master, all_overrides), console)
         return []
-    cells = composing.compose(loader, master, all_overrides)
-    if cells[0].config.task is Task.pretrain:  # once, before many do it at a time
-        for config in {json.dumps(plain(cell.config)["data"]): cell.config for cell in cells}.values():
-            driver.prepared(config, console)
+    outputs = Path(str(master.hydra.sweep.dir))
+    composed = composing.compose(loader, master, all_overrides)
+    cells = _once(composed, console)
+    checks.together(cells, outputs)
+    _prepare(cells, console)
     arguments = list(master.hydra.overrides.task)
-    folder = Folder(Path(str(master.hydra.sweep.dir)) / "grids" / (cells[0].config.grid.name or _name(arguments)))
+    folder = Folder(outputs / "grids" / (master.grid.name or _name(arguments)))
     for cell in cells:
         wandb = cell.config.logger.wandb
         wandb.group = wandb.group or folder.path.name
-    codes = running.run(cells, folder, ["python", "-m", "gpt.main", "-m", *arguments], console)
-    if failed := [cell for cell in cells if codes.get(cell.name)]:
-        raise JobFailed(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again", FAILED)
-    return [_returned(cell, codes) for cell in cells]
+    # Composed, checked, with data: from here on it matters where the cells run.
+    outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
+    return [_returned(cell, outcomes[cell.name]) for cell in composed]
+
+
+def conclude(returns: Sequence[JobReturn]) -> None:
+    """End a grid.
+
+    Raises:
+        JobFailed: of so many cells, so many failed.
+    """
+    cells = {str(each.working_dir) + "".join(each.overrides or ()): each for each in returns}
+    failed = [each for each in cells.values() if each.status is JobStatus.FAILED]
+    if failed:
+        raise JobFailed(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again", FAILED)
+
+
+def _once(cells: list[Cell], console: Console) -> list[Cell]:
+    """The cells without those that are the same as an earlier one."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.name, []).append(cell)
+    for same in found.values():
+        if len(same) > 1:
+            names = " and ".join(dict.fromkeys(cell.label for cell in same[:5]))
+            why = "" if len({tuple(cell.overrides) for cell in same}) == 1 else ": they would compute the same"
+            console.warn(f"{len(same)} cells are one run, {same[0].name}, which runs once{why} ({names})")
+    return [same[0] for same in found.values()]
+
+
+def _prepare(cells: list[Cell], console: Console) -> None:
+    """Tokenise what is not yet, once, before many do it at a time."""
+    training = [cell.config for cell in cells if cell.config.task is Task.pretrain]
+    for config in {f"{config.data} {config.checkpoint}": config for config in training}.values():
+        driver.prepared(config, console)
 
 
 def _name(arguments: list[str]) -> str:
@@ -53,8 +101,13 @@ def _name(arguments: list[str]) -> str:
     return name_of(swept, [each.input_line or "" for each in parsed if not each.is_sweep_override()])
 
 
-def _returned(cell: Cell, codes: dict[str, int]) -> JobReturn:
+def _returned(cell: Cell, outcome: Outcome) -> JobReturn:
+    """What a sweeper is told: the validation loss, also of a pruned cell; None if the cell runs elsewhere."""
     returned = JobReturn(overrides=cell.overrides, working_dir=str(cell.run_dir))
-    returned.status = JobStatus.COMPLETED
-    returned.return_value = running.value(cell)
+    if outcome.bad:
+        returned.status = JobStatus.FAILED
+        returned.return_value = JobFailed(f"{cell.label}: {outcome.state} ({cell.name})", outcome.code or FAILED)
+    else:
+        returned.status = JobStatus.COMPLETED
+        returned.return_value = cell.value()
     return returned

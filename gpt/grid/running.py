@@ -1,90 +1,191 @@
-"""Runs a grid on this host: what is done is skipped, the rest runs side by side, and all that happened is shown."""
+"""Runs a grid on this host: what is done is skipped, the rest runs side by side, and all that happens is shown."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from gpt import runs
-from gpt.config import Device, UserError
+from gpt.config import Device
 from gpt.console import Console
+from gpt.grid import board, checks
+from gpt.grid.board import Line, Outcome
 from gpt.grid.cells import Cell, State
-from gpt.grid.folder import Folder
+from gpt.grid.folder import STOPPED, Folder
+from gpt.guard import BAD_INPUT
 from gpt.launching import JobFailed
 from launchers import host
 from launchers.pool import Entry, Pool, Running
 from launchers.slots import Slots
 
-SHOWN_LINES = 15
-RETRIED = (1, 3)  # failed, or stopped by the guard; bad input stays bad
+SHOWN_LINES = 15  # of a cell that failed
+PRINTED_LINES = 40  # of one whose output is what it was started for
+SHOW_SECONDS = 0.5
 
 
-def run(cells: list[Cell], folder: Folder, command: list[str], console: Console) -> dict[str, int]:
-    """Run what is left of a grid; returns the exit code of each cell.
+@dataclass(frozen=True)
+class Live:
+    """A cell that runs: the newest record of its ``metrics.jsonl`` (empty before the first), and how to end it."""
+
+    cell: Cell
+    record: dict[str, float]
+    job: Running
+
+    def prune(self) -> None:
+        """Let it save and end; it is not started again in this batch."""
+        self.job.prune()
+
+
+class Runner:
+    """What ``launchers.pool`` is told about cells, and tells us."""
+
+    def __init__(
+        self, cells: list[Cell], folder: Folder, console: Console, watch: Callable[[list[Live]], None] | None
+    ) -> None:
+        config = cells[0].config
+        gpu = host.resolve_device(config) is Device.gpu
+        self.settings = config.grid
+        self.count = self.settings.slots or (host.gpus() if gpu else host.cores())
+        self.slots = Slots(self.count, gpu=gpu)
+        self.cells = {cell.name: cell for cell in cells}
+        self.folder, self.console, self.watch = folder, console, watch
+        self.outcomes = {cell.name: Outcome() for cell in cells}
+        self.pool = Pool(self.slots, self)
+        self.stopping = False
+        self.began = self._shown = time.monotonic()
+
+    def look(self) -> list[Entry]:
+        """Find out what there is to do."""
+        last = self.folder.last_events()
+        entries = []
+        for name, cell in self.cells.items():
+            outcome = self.outcomes[name]
+            outcome.before = self.folder.state(cell, last.get(name, {}))
+            if outcome.before is State.done:
+                outcome.state = "done before"
+            else:
+                start = [sys.executable, "-m", "gpt.frozen", str(self.folder.frozen(cell))]
+                entries.append(Entry(name, start, cell.ranks, self.folder.log(name), runs.lock_of(cell.run_dir)))
+        return entries
+
+    def run(self, entries: list[Entry]) -> None:
+        """All of it."""
+        with self.console.live() as self.screen:
+            self.pool.run(entries)
+
+    # --- what the pool says ---
+
+    def wanted(self, entry: Entry) -> bool:
+        """Not if another driver has done it, or has seen it fail, since we looked."""
+        cell, outcome = self.cells[entry.name], self.outcomes[entry.name]
+        if outcome.state != "elsewhere" and entry.attempt:
+            return True
+        now = cell.left()
+        if now is State.done or (now is State.failed and outcome.before is not State.failed):
+            outcome.state = "done elsewhere" if now is State.done else "failed"
+            outcome.code = 0 if now is State.done else 1
+            self._say(f"{outcome.state}: {cell.label}")
+            return False
+        return True
+
+    def started(self, job: Running) -> None:
+        """Write it down and say it."""
+        cell, outcome = self.cells[job.entry.name], self.outcomes[job.entry.name]
+        outcome.state = "running"
+        self.folder.note(cell.name, "started", attempt=job.entry.attempt, slots=job.taken.numbers)
+        if not self.screen.drawn:
+            again = f", attempt {job.entry.attempt}" if job.entry.attempt > 1 else ""
+            goes_on = f", from step {step:,}" if (step := cell.record().get("step")) else ""
+            self._say(f"started: {cell.label}  ({cell.name}{goes_on}{again})")
+
+    def ended(self, job: Running, code: int) -> bool:
+        """Write it down and say it, with the last lines of what failed."""
+        cell, outcome = self.cells[job.entry.name], self.outcomes[job.entry.name]
+        outcome.code, outcome.seconds = code, outcome.seconds + time.monotonic() - job.began
+        event = "pruned" if job.pruned and code in STOPPED else "ended"
+        self.folder.note(cell.name, event, code=code, attempt=job.entry.attempt)
+        outcome.state = _state(event, code)
+        retry = outcome.state == "failed" and code != BAD_INPUT and job.entry.attempt <= self.settings.retries
+        self._say(board.ending(cell, outcome, retry=retry and not self.stopping), bad=outcome.state == "failed")
+        if outcome.state == "failed" or not cell.trains:
+            for line in _lines(job, SHOWN_LINES if code else PRINTED_LINES):
+                self._say(f"  | {line}")
+        if outcome.state == "failed" and not retry and self.settings.fail_fast and not self.stopping:
+            self.stopping = True
+            self._say("grid.fail_fast: the others are stopped; they save")
+            self.pool.stop()
+        return retry
+
+    def elsewhere(self, entry: Entry) -> None:
+        """Somebody else runs it."""
+        if self.outcomes[entry.name].state != "elsewhere":
+            self.outcomes[entry.name].state = "elsewhere"
+            self._say(f"runs elsewhere: {self.cells[entry.name].label}")
+
+    def poll(self, running: list[Running], waiting: list[Entry]) -> None:
+        """Show what runs, and let a sweeper look at it."""
+        if self.pool.stopped_by and not self.stopping:
+            self.stopping = True
+            how = f"; {len(running)} running, which save and end (once more: at once)" if running else ""
+            self._say(f"stopped by {self.pool.stopped_by.name}{how}")
+        if time.monotonic() - self._shown < SHOW_SECONDS:
+            return
+        self._shown = time.monotonic()
+        live = [Live(self.cells[job.entry.name], self.cells[job.entry.name].record(), job) for job in running]
+        if self.watch:
+            self.watch(live)
+        if self.screen.drawn:
+            lines = [Line(each.cell, each.record, self._shown - each.job.began) for each in live]
+            used = sum(len(job.taken.numbers) for job in running)
+            foot = board.foot(self.outcomes.values(), used, self.count, self._shown - self.began)
+            self.screen.draw(board.table(lines, foot, self.screen.height))
+
+    def _say(self, text: str, *, bad: bool = False) -> None:
+        self.console.note(text, style="red" if bad else "")
+
+
+def run(
+    cells: list[Cell],
+    folder: Folder,
+    command: list[str],
+    console: Console,
+    watch: Callable[[list[Live]], None] | None = None,
+    *,
+    first: bool = True,
+) -> dict[str, Outcome]:
+    """Run what is left of a grid; returns what has become of each cell, by name.
 
     Raises:
         UserError: a cell needs more slots than there are.
         JobFailed: the grid was stopped.
     """
-    settings, device = cells[0].config.grid, host.resolve_device(cells[0].config)
-    gpu = device is Device.gpu
-    count = settings.slots or (host.gpus() if gpu else host.cores())
-    if problems := [_too_big(cell, count, gpu=gpu) for cell in cells if cell.ranks > count]:
-        raise UserError.of(problems)
+    runner = Runner(cells, folder, console, watch)
+    checks.slots(cells, runner.count)
+    entries = runner.look()
+    if first:
+        board.plan(console, folder, cells, runner.outcomes, runner.count)
     folder.add(cells, command)
-    codes: dict[str, int] = {}
-    entries = []
-    for cell in cells:
-        state = cell.state()
-        if state is State.done:
-            codes[cell.name] = 0
-            console.note(f"done before: {cell.name}  {' '.join(cell.differs)}")
-        elif state is State.running:
-            console.note(f"running elsewhere: {cell.name}  {' '.join(cell.differs)}")
-        else:
-            start = [sys.executable, "-m", "gpt.frozen", str(folder.frozen(cell))]
-            entries.append(Entry(cell.name, start, cell.ranks, folder.log(cell.name), runs.lock_of(cell.run_dir)))
-
-    def started(job: Running) -> None:
-        folder.note(job.entry.name, "started", attempt=job.entry.attempt, slots=job.taken.numbers)
-        console.note(f"started: {job.entry.name}")
-
-    def ended(job: Running, code: int) -> bool:
-        codes[job.entry.name] = code
-        folder.note(job.entry.name, "ended", code=code, attempt=job.entry.attempt)
-        console.note(f"ended with {code}: {job.entry.name}")
-        if code:
-            for line in _last_lines(job.entry.log):
-                console.note(f"  | {line}")
-        return code in RETRIED and job.entry.attempt <= settings.retries
-
-    pool = Pool(
-        Slots(count, gpu=gpu),
-        started=started,
-        ended=ended,
-        elsewhere=lambda entry: console.note(f"running elsewhere: {entry.name}"),
-        poll=lambda running, waiting: None,
-    )
-    pool.run(entries)
-    if pool.stopped_by:
-        raise JobFailed("stopped; the same command goes on", 128 + pool.stopped_by)
-    return codes
+    try:
+        runner.run(entries)
+    finally:
+        for outcome in runner.outcomes.values():
+            outcome.state = "not started" if outcome.state == "waiting" else outcome.state
+        board.closing(console, cells, runner.outcomes)
+    if runner.pool.stopped_by:
+        raise JobFailed("stopped; the same command goes on", 128 + runner.pool.stopped_by)
+    return runner.outcomes
 
 
-def value(cell: Cell) -> float | None:
-    """What a sweeper minimises: the validation loss of a cell's run."""
-    result = runs.read_result(cell.run_dir)
-    found = result.get("val/loss") if result else None
-    return float(found) if found is not None else None
+def _state(event: str, code: int) -> str:
+    if event == "pruned":
+        return "pruned"
+    return "done" if code == 0 else "stopped" if code in STOPPED else "failed"
 
 
-def _too_big(cell: Cell, count: int, *, gpu: bool) -> str:
-    kind = "GPUs" if gpu else "cores"
-    return (
-        f"{' '.join(cell.differs)}: needs {cell.ranks} slots, and this host has {count} ({kind}): "
-        f"choose a smaller parallel=..." + ("" if gpu else f", or share the cores with grid.slots={cell.ranks}")
-    )
-
-
-def _last_lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]
+def _lines(job: Running, count: int) -> list[str]:
+    """The end of what it printed in this start."""
+    with open(job.entry.log, "rb") as file:
+        file.seek(job.output)
+        return file.read().decode("utf-8", errors="replace").splitlines()[-count:]

@@ -5,7 +5,7 @@ Hydra takes plugins from the package ``hydra_plugins`` only, and imports all of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,7 +23,7 @@ class GridSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what is needed."""
         self.loader = hydra_context.config_loader
-        self.config = config
+        self.master = config
         self.pool = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -32,16 +32,26 @@ class GridSweeper(Sweeper):
         """Run all cells."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+        from gpt.console import Console
+        from gpt.grid import checks, launching
+
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
+        checks.before(parsed, self.master, Console())
         (cells,) = BasicSweeper.split_arguments(parsed, None)
         returns = self.pool.launch(cells, initial_job_idx=0)
-        for each in returns:
-            each.return_value  # noqa: B018  # raises what a cell raised
+        launching.conclude(returns)
         return [returns]
 
 
 class PoolLauncher(Launcher):
-    """Side by side on this host, or as one array on a cluster."""
+    """Side by side on this host, or as one array on a cluster.
+
+    Attributes:
+        watch: a sweeper that launches batch after batch into one grid may put a function here: it is given the
+            ``gpt.grid.running.Live`` cells twice a second, and may ``prune()`` one.
+    """
+
+    watch: Callable[[list[Any]], None] | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what is needed."""
@@ -49,7 +59,12 @@ class PoolLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Compose, check and run all cells."""
+        """Compose, check and run all cells. A failed one is returned as such, and does not raise.
+
+        Raises:
+            UserError: a cell cannot be; nothing was started.
+            JobFailed: the grid was stopped.
+        """
         from gpt.grid import launching
 
-        return launching.launch(self.loader, self.config, job_overrides)
+        return launching.launch(self.loader, self.config, job_overrides, self.watch, first=initial_job_idx == 0)
