@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from gpt import driver, planning
 from gpt.config import Task, plain
 from gpt.console import Console
-from gpt.grid import composing, running
+from gpt.grid import composing, report, running
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder, name_of
 from gpt.guard import FAILED
@@ -41,7 +41,10 @@ def launch(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str
     for cell in cells:
         wandb = cell.config.logger.wandb
         wandb.group = wandb.group or folder.path.name
-    codes = running.run(cells, folder, ["python", "-m", "gpt.main", "-m", *arguments], console)
+    try:
+        codes = running.run(cells, folder, ["python", "-m", "gpt.main", "-m", *arguments], console)
+    finally:
+        report.after(folder.path, console)
     if failed := [cell for cell in cells if codes.get(cell.name)]:
         raise JobFailed(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again", FAILED)
     return [_returned(cell, codes) for cell in cells]
