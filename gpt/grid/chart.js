@@ -15,11 +15,9 @@ const scientific = (v) => {
   const head = +(v / 10 ** power).toPrecision(3);
   return (head === 1 ? "" : head + "·") + "10" + (power < 0 ? "⁻" : "") + digits;
 };
-const time = (s) => {
-  if (s < 120) return +s.toPrecision(3) + " s";
-  if (s < 7200) return +(s / 60).toPrecision(3) + " min";
-  return s < 172800 ? +(s / 3600).toPrecision(3) + " h" : +(s / 86400).toPrecision(3) + " d";
-};
+const UNITS = [[172800, 86400, "d"], [7200, 3600, "h"], [120, 60, "min"], [-Infinity, 1, "s"]];
+const unitOf = (s) => UNITS.find(([from]) => s >= from);
+const time = (s) => +(s / unitOf(s)[1]).toPrecision(3) + " " + unitOf(s)[2];
 const plainNumber = (v) => String(+v.toPrecision(4));
 const escapeText = (s) => String(s).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 
@@ -51,7 +49,8 @@ class Scale {
   }
   at(v) { return this.from + (this.f(v) - this.f(this.low)) * this.a; }
   of(pixel) { return this.inverse((pixel - this.from) / this.a + this.f(this.low)); }
-  ticks(count) { return (this.log ? logTicks : linearTicks)(this.low, this.high, count); }
+  // unit: what ticks are round numbers of, such as the 60 seconds of a minute.
+  ticks(count, unit = 1) { return (this.log ? logTicks : linearTicks)(this.low / unit, this.high / unit, count).map((v) => v * unit); }
 }
 
 class Chart {
@@ -65,7 +64,7 @@ class Chart {
     this.svg.addEventListener("pointermove", (e) => this.move(e));
     this.svg.addEventListener("pointerdown", (e) => this.press(e));
     this.svg.addEventListener("pointerup", (e) => this.release(e));
-    this.svg.addEventListener("pointerleave", () => this.show(null));
+    this.svg.addEventListener("pointerleave", (e) => e.pointerType === "mouse" && this.show(null));
     this.svg.addEventListener("dblclick", () => this.setZoom(null));
     this.svg.addEventListener("blur", () => this.show(null));
     this.svg.addEventListener("keydown", (e) => this.key(e));
@@ -104,7 +103,7 @@ class Chart {
     if (!this.axes || !this.box.clientWidth) return;
     const w = (this.width = this.box.clientWidth), small = w < 560;
     const h = Math.round(Math.max(280, Math.min(560, w * (small ? 0.85 : 0.52))));
-    const edge = { left: 52, right: this.axes.x.room || 14, top: 12, bottom: 44 };
+    const edge = { left: 52, right: this.axes.x.room || 14, top: 30, bottom: 44 };
     this.sx = new Scale(this.range("x"), this.axes.x.log, edge.left, w - edge.right);
     this.sy = new Scale(this.range("y"), this.axes.y.log, h - edge.bottom, edge.top);
     const out = [`<defs><clipPath id="clip-${this.box.id}"><rect x="${edge.left}" y="${edge.top - 6}"
@@ -113,11 +112,13 @@ class Chart {
       const y = this.sy.at(v).toFixed(1);
       out.push(`<path d="M${edge.left} ${y}H${w - edge.right}"/><text x="${edge.left - 7}" y="${y}" dy=".32em" text-anchor="end">${this.axes.y.format(v)}</text>`);
     }
-    for (const v of this.sx.ticks(small ? 3 : 8)) {
+    const unit = this.axes.x.unit ? this.axes.x.unit(this.sx.high) : 1;
+    for (const v of this.sx.ticks(small ? 3 : 8, unit)) {
       const x = this.sx.at(v).toFixed(1);
       out.push(`<path d="M${x} ${h - edge.bottom}v5"/><text x="${x}" y="${h - edge.bottom + 19}" text-anchor="middle">${this.axes.x.format(v)}</text>`);
     }
     out.push(`<text class="name" x="${w - edge.right}" y="${h - 5}" text-anchor="end">${escapeText(this.axes.x.name)}</text>`);
+    out.push(`<text class="name" x="${edge.left - 7}" y="13" text-anchor="start" dx="-38">${escapeText(this.axes.y.name)}</text>`);
     out.push(`</g><g class="plot" clip-path="url(#clip-${this.box.id})">`);
     for (const s of this.series) out.push(this.shape(s));
     out.push(`</g><g class="names">`);
@@ -151,7 +152,7 @@ class Chart {
 
   name(s) {
     const k = s.px.length - 1;
-    return `<text x="${(s.px[k] + 9).toFixed(1)}" y="${s.py[k].toFixed(1)}" dy=".32em" fill="${s.colour}">${escapeText(s.text)}</text>`;
+    return `<text x="${(s.px[k] + 6).toFixed(1)}" y="${(s.py[k] - 8).toFixed(1)}" fill="${s.colour}">${escapeText(s.text)}</text>`;
   }
 
   where(event) {

@@ -7,7 +7,7 @@ const all = (selector, of = document) => [...of.querySelectorAll(selector)];
 const rows = all("#runs tbody tr");
 const X = {
   tokens: { name: "tokens", format: si }, step: { name: "steps", format: si },
-  flops: { name: "compute (FLOPs)", format: scientific }, seconds: { name: "time in training steps", format: time },
+  flops: { name: "compute (FLOPs)", format: scientific }, seconds: { name: "time in training steps", format: time, unit: (s) => unitOf(s)[1] },
 };
 
 // ---- choices ----
@@ -105,7 +105,7 @@ function drawCurves() {
   for (const kind of kinds)
     for (let i = shown.length - 1; i >= 0; i--) if (shown[i]) series.push(...seriesOf(i, kind, choice.x, styleOf(kind)));
   const limit = ceiling() * 1.15;
-  curves.set(series, { x: { ...X[choice.x], log: choice.logx }, y: { name: "loss", format: plainNumber, log: choice.logy, limit } });
+  curves.set(series, { x: { ...X[choice.x], log: choice.logx }, y: { name: "loss (nats per token)", format: plainNumber, log: choice.logy, limit } });
   const count = shown.filter(Boolean).length;
   $("#count").textContent = `${count} of ${data.runs.filter((r) => r.curves).length} curves`;
 }
@@ -117,7 +117,7 @@ function drawCompute() {
   const kind = data.metric === "val/loss" ? "val" : "train";
   data.runs.forEach((run, i) => {
     if (!run.curves || !run[kind] || !run.flops_per_token) return;
-    series.push(...seriesOf(i, kind, "flops", { width: 1.1, opacity: 0.5, colour: tint(run.parameters), dash: "", exact: true }));
+    series.push(...seriesOf(i, kind, "flops", { width: 1.2, opacity: 0.65, colour: tint(run.parameters), dash: "", exact: true }));
   });
   const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink");
   const line = (points, style) => ({ id: -1, quiet: true, colour: ink, x: points.map((p) => p[0]), y: points.map((p) => p[1]), ...style });
@@ -129,7 +129,7 @@ function drawCompute() {
   }
   for (const [flops, loss, size] of ends)
     series.push({ ...line([[flops, loss]], { dots: 9, colour: tint(size), text: si(size) }) });
-  compute.set(series, { x: { ...X.flops, log: true, room: 52 }, y: { name: "loss", format: plainNumber, log: true, limit: ceiling() } });
+  compute.set(series, { x: { ...X.flops, log: true, room: 52 }, y: { name: `${data.metric} (nats per token)`, format: plainNumber, log: true, limit: ceiling() } });
 }
 
 // ---- which runs are shown ----

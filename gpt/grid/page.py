@@ -146,17 +146,18 @@ def _curves(summary: Summary, home: Path) -> str:
 def _runs(summary: Summary, home: Path) -> str:
     """The table of all runs."""
     figures = figures_of(summary)
-    header = [("state", False), *_key_header(summary.rows, summary.keys)]
-    header += [(NAMES.get(name, name), True) for name in figures] + [("run", False)]
+    header = [(NAMES.get(name, name), True) for name in figures]
+    header[1:1] = [*_key_header(summary.rows, summary.keys), ("state", False)]
+    header.append(("run", False))
     rows = []
     for number, row in enumerate(summary.rows):
-        mark = ' <span class="mark best">best</span>' if number == summary.best else ""
-        cells = [f'<td data-v="{row.run.state}">{_state(row.run.state)}{mark}</td>', _key_cells(row, summary.keys)]
+        mark = "<b class=mark>best</b> " if number == summary.best else ""
+        cells = []
         for name in figures:
-            value = row.figures[name]
-            cells.append(
-                f'<td class=n data-v="{"" if value is None else f"{value:.8g}"}">{_text(shown(name, value))}</td>'
-            )
+            value, lead = row.figures[name], mark if name == summary.metric else ""
+            known = "" if value is None else f"{value:.8g}"
+            cells.append(f'<td class=n data-v="{known}">{lead}{_text(shown(name, value))}</td>')
+        cells[1:1] = [_key_cells(row, summary.keys), f'<td data-v="{row.run.state}">{_state(row.run.state)}</td>']
         link = _link(row.run.path, home, row.run.name) if row.run.path.exists() else _text(row.run.name)
         rows.append(f"<tr data-run={number}>{''.join(cells)}<td>{link}</td></tr>\n")
     note = "Only the keys that differ, the lowest loss first. A click on a row shows or hides its curve."
@@ -174,8 +175,8 @@ def _groups(summary: Summary, home: Path) -> str:
         return ""
     keys = [key for key in summary.keys if key != "seed"]
     low = min(min(group.values) for group in groups)
-    reach = groups[0].mean + 4 * summary.spread.difference
-    high = min(max(max(group.values) for group in groups), max(reach, groups[0].mean + summary.spread.difference))
+    reach = groups[0].mean + 8 * summary.spread.difference  # what is further off lies at the edge
+    high = max(groups[0].mean + summary.spread.difference, min(reach, max(max(group.values) for group in groups)))
     header = [*_key_header(summary.rows, keys), ("seeds", True), (f"mean {summary.metric}", True)]
     header += [
         ("standard deviation", True),
