@@ -16,6 +16,7 @@ from gpt.data import corpus, vocabularies
 from gpt.data.corpus import Prepared
 from gpt.data.prepare import build
 from gpt.data.samples import Samples
+from gpt.grid import report
 from gpt.guard import FAILED
 from gpt.launching import JobFailed, launch, locked
 from gpt.plan import devices
@@ -23,6 +24,8 @@ from gpt.runs import Job
 from gpt.text import listen, prompts
 from gpt.weights import exporting, importing
 from launchers import group, host
+
+WITHOUT_RANKS = {Task.prepare: build.check, Task.import_weights: importing.check, Task.report: report.check}
 
 
 def gate(config: Config, run_dir: Path, data_problems: Callable[[Config], list[str]] = corpus.check) -> None:
@@ -38,12 +41,8 @@ def gate(config: Config, run_dir: Path, data_problems: Callable[[Config], list[s
     """
     if config.task is Task.plan:
         return
-    if config.task is Task.prepare:
-        if problems := build.check(config):
-            raise UserError.of(problems)
-        return
-    if config.task is Task.import_weights:
-        if problems := importing.check(config):
+    if config.task in WITHOUT_RANKS:
+        if problems := WITHOUT_RANKS[config.task](config):
             raise UserError.of(problems)
         return
     job = trained.job(config, run_dir) if trained.reads_one(config.task) else None
@@ -82,6 +81,9 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         return None
     if config.task is Task.import_weights:
         _import_weights(config, console)
+        return None
+    if config.task is Task.report:
+        report.run(config, console)
         return None
     config.cluster.device = host.resolve_device(config)
     if config.task is not Task.pretrain:
@@ -225,10 +227,10 @@ def _header(job: Job) -> list[tuple[str, str]]:
 
 
 def _sum_up(job: Job, console: Console) -> float | None:
-    from gpt import report
+    from gpt.report import loss_curve
 
     result = runs.read_result(job.run_dir) or {}
-    picture = report.loss_curve(job.run_dir, job.config, job.data.unigram_entropy)
+    picture = loss_curve(job.run_dir, job.config, job.data.unigram_entropy)
     rows = [(key, f"{value:,.4f}" if isinstance(value, float) else f"{value}") for key, value in result.items()]
     rows.append(("loss curve", str(_short(picture))))
     console.table("done", rows)

@@ -78,7 +78,12 @@ FLOORS = [
     {"gpt.trained", "gpt.text.choice", "gpt.text.growing", "gpt.text.prompts", "gpt.text.decoder"},
     {"gpt.pipeline", "gpt.evaluation", "gpt.grid", "gpt.grid.cells"},
     {"gpt.grid.folder", "gpt.grid.study"},
+    {"gpt.grid.gather", "gpt.grid.seeds"},
+    {"gpt.grid.sizes"},
+    {"gpt.grid.summary"},
+    {"gpt.grid.curves", "gpt.grid.page"},
     {"gpt.checkpoint", "gpt.saving", "gpt.log", "gpt.report", "gpt.console"},
+    {"gpt.grid.report"},
     {"gpt.engine", "gpt.text.search", "gpt.text.beams", "gpt.text.scoring"},
     {"gpt.weights.importing", "gpt.weights.exporting", "gpt.weights.static"},
     {"gpt.text.writer"},
@@ -132,6 +137,7 @@ NO_PADDLE = [
     "launchers.local",
     "launchers.group",
     "gpt.grid.launching",
+    "gpt.grid.report",
     "gpt.frozen",
 ]
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from gpt import driver, planning
 from gpt.config import Task
 from gpt.console import Console
-from gpt.grid import checks, composing, running
+from gpt.grid import checks, composing, report, running
 from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder, name_of
@@ -59,7 +59,10 @@ def launch(
         wandb = cell.config.logger.wandb
         wandb.group = wandb.group or folder.path.name
     # Composed, checked, with data: from here on it matters where the cells run.
-    outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
+    try:
+        outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
+    finally:
+        report.after(folder.path, console)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]
 
 
