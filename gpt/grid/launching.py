@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gpt import driver, planning
+from gpt import driver, planning, wandb_run
 from gpt.config import Task, plain
 from gpt.console import Console
 from gpt.grid import composing, running
@@ -40,7 +40,8 @@ def launch(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str
     folder = Folder(Path(str(master.hydra.sweep.dir)) / "grids" / (cells[0].config.grid.name or _name(arguments)))
     for cell in cells:
         wandb = cell.config.logger.wandb
-        wandb.group = wandb.group or folder.path.name
+        wandb.group, wandb.name = wandb.group or folder.path.name, wandb.name or wandb_run.name_of(cell.differs)
+        wandb.links = wandb.links or str((folder.path / "wandb").resolve())
     codes = running.run(cells, folder, ["python", "-m", "gpt.main", "-m", *arguments], console)
     if failed := [cell for cell in cells if codes.get(cell.name)]:
         raise JobFailed(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again", FAILED)
