@@ -2,29 +2,25 @@
 imported here.
 
 wandb_id                          the id, for the run's whole life
-wandb/offline-run-DATE-ID/        what a start recorded offline; a later start takes it over (see ``gpt.wandb_sink``)
+wandb/offline-run-DATE-ID/        what a start recorded offline; a later start takes it over: ``gpt.wandb_sink``
 wandb/run-DATE-ID/                the same of a start that was online
 """
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 import secrets
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gpt.config import Config, Parallel, Wandb, WandbMode, plain, world_size
 from gpt.provenance import git_revision, versions
 from gpt.runs import Job
-
-READ_SECONDS = 120.0
 
 
 def mode_now(settings: Wandb) -> Any:
@@ -39,7 +35,8 @@ def mode_now(settings: Wandb) -> Any:
 def _key_on_file() -> bool:
     try:
         path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-        return netrc.netrc(str(path)).authenticators("api.wandb.ai") is not None
+        server = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+        return netrc.netrc(str(path)).authenticators(server or "") is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -124,21 +121,8 @@ def segments(run_dir: Path, run: str = "*") -> list[Path]:
 
 
 def sent(segment: Path) -> bool:
-    """Whether the server has it: it was online, or ``wandb sync`` has left its mark."""
-    return not segment.name.startswith("offline-") or any(segment.glob("*.wandb.synced"))
-
-
-def last_step(segment: Path) -> int:
-    """The last step in a segment, 0 if it has none, as W&B's own reader tells it.
-
-    Raises:
-        OSError: it cannot be read.
-        subprocess.SubprocessError: the same.
-    """
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=READ_SECONDS, check=True)
-    records = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    return max((int(r["history"]["item"].get("_step", 0)) for r in records if r.get("type") == "history"), default=0)
+    """Whether ``wandb sync`` has left its mark."""
+    return any(segment.glob("*.wandb.synced"))
 
 
 def link(folder: Path, run_dir: Path, run: str) -> None:
@@ -155,7 +139,7 @@ def link(folder: Path, run_dir: Path, run: str) -> None:
 
 
 def remove(superseded: Iterable[Path]) -> None:
-    """Delete segments that a later one holds as well."""
+    """Delete segments whose rows a later one has as well."""
     for segment in superseded:
         shutil.rmtree(segment, ignore_errors=True)
 

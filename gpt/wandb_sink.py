@@ -1,12 +1,13 @@
 """Records to Weights & Biases. One run, one curve: however often a training is interrupted, every step is there once.
 
-``metrics.jsonl`` is the truth: a start cuts it back to the checkpoint that it goes on from. Then W&B gets what it does
-not have of it, and only that:
+``metrics.jsonl`` is the truth: a start cuts it back to the checkpoint that it goes on from. Then W&B gets all of it
+that it does not have.
 
-- Offline nothing can be appended to, and each start makes a new folder. So it begins with all earlier steps, and the
-  folders of earlier starts, which hold nothing else, go. One folder, one curve, for ``wandb leet`` and ``wandb sync``.
-- What the server has (an online run, or a folder that was synced) cannot be taken back. So steps that it has, which
-  are computed again to the same values, are left out, and those that it lacks are sent.
+- Online the server says how far it is. Steps that it has, which are computed again to the same values, are left out,
+  and those that it lacks are sent.
+- Offline nothing can be appended to: each start makes a new folder, and ``wandb sync`` puts a folder's rows in place of
+  what the server has of that id, from the first row on. So the folder begins with all earlier steps, and the folders of
+  earlier starts go, synced or not: one folder, one curve, for ``wandb leet`` and for ``wandb sync``.
 """
 
 from __future__ import annotations
@@ -63,11 +64,9 @@ class WandbSink(Sink):
             return self._wandb.init(mode="offline", settings=settings, resume=None, **arguments)
 
     def _catch_up(self, earlier: list[Path]) -> None:
-        """Log what the run has recorded and W&B lacks; earlier folders that hold no more than that go."""
+        """Log what the run has recorded and W&B lacks; if that is all of it, earlier folders go."""
         if self._run.resumed:
-            self._has = self._run.step - 1  # what comes next, as the server says
-        elif self._run.offline:
-            self._has = max((wandb_run.last_step(path) for path in earlier if wandb_run.sent(path)), default=0)
+            self._has = self._run.step - 1  # the server says what comes next
         for number, record in enumerate(read_metrics(self._job.run_dir)):
             if number % BEAT_EVERY == 0:
                 heartbeat.beat(record["step"], "tell W&B what was before")
@@ -75,7 +74,8 @@ class WandbSink(Sink):
         for step in checkpoint_steps(self._job.run_dir):
             if step > self._has:
                 self._refer(step)
-        wandb_run.remove(path for path in earlier if not wandb_run.sent(path))
+        if self._has <= 0:
+            wandb_run.remove(earlier)
 
     def _log(self, record: Record) -> None:
         if record["step"] > self._has:
