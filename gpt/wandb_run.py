@@ -85,12 +85,12 @@ def name_of(differs: Sequence[str]) -> str | None:
 
 def about(job: Job) -> dict[str, Any]:
     """The run's labels and configuration, as ``wandb.init`` takes them; runs are grouped by what is in ``choices``."""
-    config, settings = job.config, job.config.logger.wandb
+    config, settings, ranks = job.config, job.config.logger.wandb, world_size(job.config)
     choices = {
         "model": config.model.name,
         "parallel": layout(config.parallel),
         "precision": config.precision.dtype.value,
-        "ranks": world_size(config),
+        "ranks": ranks,
         "data": config.data.kind.value,
     }
     return {
@@ -99,7 +99,7 @@ def about(job: Job) -> dict[str, Any]:
         "job_type": config.task.value,
         "tags": [
             *(f"{choices[key]}" for key in ("model", "precision", "parallel")),
-            f"{choices['ranks']} ranks",
+            f"{ranks} rank{'s' if ranks > 1 else ''}",
             *config.tags,
         ],
         "notes": config.notes or None,
