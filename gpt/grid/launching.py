@@ -43,6 +43,8 @@ def launch(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str
         wandb.group, wandb.name = wandb.group or folder.path.name, wandb.name or wandb_run.name_of(cell.differs)
         wandb.links = wandb.links or str((folder.path / "wandb").resolve())
     codes = running.run(cells, folder, ["python", "-m", "gpt.main", "-m", *arguments], console)
+    if later := wandb_run.commands(folder.path / "wandb"):
+        console.next_commands(later)
     if failed := [cell for cell in cells if codes.get(cell.name)]:
         raise JobFailed(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again", FAILED)
     return [_returned(cell, codes) for cell in cells]
