@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt import provenance
+from scripts import reproduce
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -113,3 +114,16 @@ def test_every_start_is_on_record(tmp_path: Path) -> None:
     assert {"numpy", "paddlepaddle", "wandb", "python", "gpt"} <= set(first["versions"])
     assert first["machine"]["host"]
     assert first["machine"]["cores"] > 0
+
+
+def test_a_start_is_told_as_commands_that_repeat_it(tmp_path: Path) -> None:
+    start = {
+        "git": "abc+", "diff": "code-2.diff", "versions": {"gpt": "0.1.0", "python": "3.11.7", "numpy": "2.3.5"},
+        "folder": "/data", "command": ["python", "-m", "gpt.main", "prompt=a b"],
+    }  # fmt: skip
+    told = reproduce.commands(tmp_path, start)
+    assert told[:3] == ["git worktree add ../again abc", "cd ../again", f"git apply {tmp_path}/code-2.diff"]
+    assert told[3] == "pip install numpy==2.3.5  # Python 3.11.7"
+    assert told[-1] == "python -m gpt.main 'prompt=a b' hydra.run.dir=again"
+    lost = reproduce.commands(tmp_path, {**start, "diff": "left out: 9 bytes"})
+    assert "# its edits are lost (left out: 9 bytes)" in lost
