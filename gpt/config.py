@@ -238,7 +238,10 @@ class Wandb:
     project: str = MISSING
     entity: str | None = None
     mode: WandbMode = MISSING
+    name: str | None = None
     group: str | None = None
+    links: str | None = None
+    checkpoints: bool = MISSING
     init_timeout: int = MISSING
 
 

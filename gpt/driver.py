@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt import choosing, evaluation, plan, planning, rules, runs, trained
+from gpt import choosing, evaluation, plan, planning, provenance, rules, runs, trained, wandb_run
 from gpt.config import Config, Device, Task, UserError, world_size
 from gpt.config_text import Split
 from gpt.console import Console
@@ -154,6 +154,7 @@ def _pretrain(config: Config, run_dir: Path, overrides: list[str], console: Cons
         run_dir.mkdir(parents=True, exist_ok=True)  # for a command that Hydra did not start
         job = Job(config, data, run_dir.resolve(), _command(overrides))
         job.write()
+        provenance.note_start(run_dir, job.command, max(runs.checkpoint_steps(run_dir), default=0), world_size(config))
         choosing.show(config, console)
         console.header(_header(job))
         launch(job, run_dir / "job.json", console, lock)
@@ -242,6 +243,7 @@ def _sum_up(job: Job, console: Console) -> float | None:
             (f"{command} task=evaluate {run} evaluate.split=test", "measure on the test split"),
             (f"{_again(job.command)} {run} trainer.max_steps={more}", "train on"),
             (f"{command} task=plan model=1.3b parallel=dp8", "what would a bigger model need?"),
+            *wandb_run.commands(job.run_dir / "wandb"),
         ]
     )
     value = result.get("val/loss")

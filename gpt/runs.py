@@ -1,6 +1,7 @@
 """The run directory: its name, its record, what may go on in it, and its result. No Paddle here.
 
-job.json                 the resolved job: configuration, data, command, versions
+job.json                 the resolved job: configuration, data, command, versions, commit, machine
+starts.jsonl, code.diff  every start, and what was edited since the commit: see gpt.provenance
 metrics.jsonl            one record per step
 checkpoints/step_NNNNNNNN/
 logs/worker.R.log
@@ -15,11 +16,8 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,10 +26,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gpt import __version__
 from gpt.config import Config, Resume, UserError, plain, typed
 from gpt.data.corpus import Prepared
 from gpt.files import Lock, write_json
+from gpt.provenance import git_revision, machine, versions
 from gpt.rules import unknown_keys
 
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
@@ -94,7 +92,9 @@ class Job:
                 "command": self.command,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "versions": versions(),
+                "machine": machine(),
                 "git": git_revision(),
+                "manifests": self.data.manifests(),
             },
         )
 
@@ -129,32 +129,6 @@ def stored_config(stored: dict[str, Any], now: Config | None) -> Config:
     """
     unknown_keys(stored)
     return typed(OmegaConf.merge(plain(now), stored) if now else stored)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes and composes."""
-    found = {"gpt": __version__, "python": platform.python_version()}
-    for name in ("paddlepaddle", "paddlepaddle-gpu", "numpy", "hydra-core", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_revision() -> str | None:
-    """The commit of the checkout the code runs from, '+' if it was edited; None outside one."""
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return None
-    try:
-        sha, dirty = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, timeout=5, check=True).stdout
-            for command in (["rev-parse", "HEAD"], ["status", "-s", "-uno"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return sha.strip() + ("+" if dirty.strip() else "")
 
 
 def lock_of(run_dir: Path) -> Lock:

@@ -154,3 +154,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Records of a run, which must all be whole."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wandb_records(segment: Path) -> list[dict[str, Any]]:
+    """All records of an offline folder, as W&B's own reader tells them."""
+    return [json.loads(line) for line in _inspected(segment).splitlines() if line.startswith("{")]
+
+
+def wandb_summary(segment: Path) -> dict[str, Any]:
+    """What they come to."""
+    found: dict[str, Any] = json.loads(_inspected(segment, "--summary"))
+    return found
+
+
+def _inspected(segment: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(segment)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Records are whole lines, wait for a full disk, and training does not die of W&B."""
+"""Records are whole lines and wait for a full disk; the picture; a run's name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import configured
@@ -45,68 +44,6 @@ def test_a_torn_line_and_later_steps_are_dropped_on_resume(tmp_path: Path) -> No
     assert [r["step"] for r in runs.read_metrics(tmp_path)] == [1, 2]
 
 
-class FakeWandb:
-    """Records what W&B is asked; online it fails."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.Settings = dict
-
-    def init(self, **arguments: Any) -> Any:
-        self.asked.append(arguments)
-        if arguments["mode"] == "online":
-            raise TimeoutError("no network")
-        return self
-
-    def define_metric(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
-
-    def log(self, *_: Any, **__: Any) -> None:
-        raise RuntimeError("W&B is broken")
-
-
-@pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
-    fake = FakeWandb()
-    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", "/nowhere")
-    return fake
-
-
-def test_without_a_key_wandb_is_offline_and_asks_nothing(tmp_path: Path, wandb: FakeWandb) -> None:
-    log.WandbSink(job(tmp_path))
-    assert [asked["mode"] for asked in wandb.asked] == ["offline"]
-
-
-def test_without_a_network_wandb_goes_on_offline_under_the_same_id(
-    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    sink = log.WandbSink(job(tmp_path, "tags=[mine]"))
-    assert [asked["mode"] for asked in wandb.asked] == ["online", "offline"]
-    first, second = wandb.asked
-    assert first["id"] == second["id"] == (tmp_path / "wandb_id").read_text()
-    assert first["resume"] == "allow"
-    assert first["settings"]["init_timeout"] == 20
-    assert "mine" in first["tags"]
-    assert isinstance(first["config"]["model"], dict)
-    assert "k" * 40 not in json.dumps(first, default=str)
-    sink.write({"step": 1, "train/loss": 1.0})  # a broken W&B does not reach the loop
-
-    again = log.WandbSink(job(tmp_path))
-    assert wandb.asked[-1]["id"] == first["id"]
-    assert again is not sink
-
-
-def test_asked_for_online_wandb_says_why_it_cannot(
-    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(TimeoutError):
-        log.WandbSink(job(tmp_path, "logger.wandb.mode=online"))
-
-
 def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
     rows = [{"step": n, "tokens": 10 * n, "train/loss": 5.0 - n / 10} for n in range(1, 9)]
     rows[-1]["val/loss"] = 4.5
@@ -120,7 +57,14 @@ def test_a_run_is_named_after_what_it_computes() -> None:
     base = plain(configured([]))
     name = runs.run_name(base, "single")
     assert name.startswith("tiny_single_")
-    for same in (["logger=wandb"], ["tags=[a]"], ["trainer.resume=never"], ["task=generate"], ["cluster.threads=1"]):
+    for same in (
+        ["logger=wandb"],
+        ["logger.wandb.name=x", "logger.wandb.checkpoints=false"],
+        ["tags=[a]"],
+        ["trainer.resume=never"],
+        ["task=generate"],
+        ["cluster.threads=1"],
+    ):
         assert runs.run_name(plain(configured(same)), "single") == name
     for other in (["seed=2"], ["optimizer.lr=1e-3"], ["trainer.max_steps=9"], ["data.seq_len=64"]):
         assert runs.run_name(plain(configured(other)), "single") != name

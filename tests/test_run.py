@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Ran, metrics
+from conftest import ROOT, Ran, metrics, wandb_records, wandb_summary
 
-from gpt import checkpoint, runs
+from gpt import checkpoint, runs, wandb_run
+from scripts import make_dashboard
 from scripts.kill_test import workers_of
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,10 @@ def test_a_run_leaves_what_the_contract_names(whole: Path) -> None:
     assert "${" not in json.dumps(job["config"])
     assert job["config"]["model"]["hidden"] == 32
     assert job["versions"]["paddlepaddle"]
+    assert job["data"]["fingerprint"]
+    (start,) = (json.loads(line) for line in (whole / "starts.jsonl").read_text().splitlines())
+    assert start["command"] == job["command"]
+    assert start["git"] == job["git"]
 
 
 def test_the_losses_do_not_depend_on_being_recorded_elsewhere(
@@ -121,13 +126,7 @@ def test_the_losses_do_not_depend_on_being_recorded_elsewhere(
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
     offline = next((tmp_path / "run" / "wandb").glob("offline-run-*"))
-    shown = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(offline)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    records = [json.loads(line) for line in shown.stdout.splitlines()]
+    records = wandb_records(offline)
     rows = [r["history"]["item"] for r in records if r.get("type") == "history"]
     assert [row["_step"] for row in rows] == list(range(1, 13))
     assert [row["train/loss"] for row in rows] == pytest.approx([r["train/loss"] for r in metrics(whole)])
@@ -135,6 +134,19 @@ def test_the_losses_do_not_depend_on_being_recorded_elsewhere(
     kept = next(r for r in records if r.get("type") == "run")
     assert "mine" in json.dumps(kept)
     assert (tmp_path / "run" / "wandb_id").read_text() in offline.name
+    drawn = {key for charts in make_dashboard.SECTIONS.values() for chart in charts for key in chart.keys}
+    seldom = {"mfu", "loss_scale"}  # not of this CPU, not in float32
+    assert (drawn - seldom) | {make_dashboard.X} <= {key for row in rows for key in row}
+    assert rows[-1][f"{make_dashboard.SAMPLES}.nrows"] == 1
+    checkpoints = [r["artifact"] for r in records if r.get("type") == "artifact" and "step_" in str(r)]
+    references = [entry["ref"] for each in checkpoints for entry in each["manifest"]["contents"]]
+    assert f"file://{tmp_path}/run/checkpoints/step_00000012/model.safetensors" in references
+    ended = wandb_summary(offline)
+    assert (ended["state"], ended["summary"]["status"]) == ("finished", "done")
+    best = min(r["val/loss"] for r in metrics(whole) if "val/loss" in r)
+    assert ended["summary"]["val/loss"]["min"] == pytest.approx(best)
+    assert "wandb sync run/wandb" in ran.out
+    assert "wandb leet run/wandb" in ran.out
 
 
 def test_other_tasks_read_the_run(gpt: Run, whole: Path) -> None:
@@ -241,6 +253,7 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     gpt: Run, small: list[str], whole: Path, tmp_path: Path, victim: str
 ) -> None:
     run_dir = tmp_path / "run"
+    small = [*small, *(["logger=wandb"] if victim == "both" else [])]
     with started(tmp_path, *small, "hydra.run.dir=run") as process:
         wait_for_step(run_dir, 6)
         if victim in ("driver", "both"):
@@ -257,6 +270,13 @@ def test_a_kill_loses_at_most_the_steps_since_the_last_save(
     assert ran.code == 0, ran.text
     assert "resuming from step_" in ran.out
     assert_same_end(whole, run_dir)
+    starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [start["from_step"] > 0 for start in starts] == [False, True]
+    if victim == "both":  # at W&B it is one run with one curve
+        (offline,) = wandb_run.segments(run_dir)
+        rows = [r["history"]["item"] for r in wandb_records(offline) if r.get("type") == "history"]
+        assert [row["_step"] for row in rows] == list(range(1, 13))
+        assert [row["train/loss"] for row in rows] == pytest.approx([r["train/loss"] for r in metrics(whole)])
 
 
 def test_a_damaged_checkpoint_costs_only_its_own_steps(gpt: Run, small: list[str], whole: Path, tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ class Prepared:
         """As JSON holds it."""
         return asdict(self)
 
+    def manifests(self) -> dict[str, str]:
+        """SHA-256 of the manifest of each set that ``task=prepare`` made."""
+        files = [manifest_path(part.path) for part in self.parts]
+        return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
 
 def manifest_path(prefix: str) -> Path:
     """What ``task=prepare`` says of a set that it made."""

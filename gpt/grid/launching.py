@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gpt import driver, planning
+from gpt import driver, planning, wandb_run
 from gpt.config import Task
 from gpt.console import Console
 from gpt.grid import checks, composing, report, running
@@ -57,12 +57,15 @@ def launch(
     folder = Folder(outputs / "grids" / (master.grid.name or _name(arguments)))
     for cell in cells:
         wandb = cell.config.logger.wandb
-        wandb.group = wandb.group or folder.path.name
+        wandb.group, wandb.name = wandb.group or folder.path.name, wandb.name or wandb_run.name_of(cell.differs)
+        wandb.links = wandb.links or str((folder.path / "wandb").resolve())
     # Composed, checked, with data: from here on it matters where the cells run.
     try:
         outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
     finally:
         report.after(folder.path, console)
+        if later := wandb_run.commands(folder.path / "wandb"):
+            console.next_commands(later)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]
 
 

@@ -193,18 +193,19 @@ def _next_prompt(topology: Topology, line: talk.Worker | None, signals: Signals)
                 line.ask("> ")
 
 
-def sample_text(job: Job, engine: Engine, step: int) -> None:
-    """The sample that closes a training run."""
+def sample_text(job: Job, engine: Engine, step: int) -> bool:
+    """The sample that closes a training run; whether there is one."""
     if job.data.tokenizer is None:
         say("no sample: the data has no tokenizer (data.tokenizer=.../tokenizer.json)")
-        return
+        return False
     settings = job.config.generate
     writer = ModelWriter(engine.model, tokenizer.open_encoder(Path(job.data.tokenizer)), step)
     prompt = writer.encode(settings.prompt)
     if not 0 < len(prompt) <= writer.positions:
         say(f"no sample: the prompt has {len(prompt):,} tokens, the model {writer.positions:,} positions")
-        return
+        return False
     sampling = Sampling.of(settings, job.config.seed)
     rows = list(_rows([settings.prompt], writer.write([prompt], sampling), step))
     record(job.run_dir / "samples.jsonl", rows)
     say(f"--- sample (step {step:,}) ---\n{settings.prompt}{rows[0]['text']}\n---")
+    return True

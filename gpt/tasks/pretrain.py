@@ -16,7 +16,8 @@ from gpt.files import write_json
 from gpt.guard import GuardError, Signals
 from gpt.log import say
 from gpt.meter import Meter, peak_memory, validation
-from gpt.runs import Job, truncate_metrics, versions
+from gpt.provenance import versions
+from gpt.runs import Job, truncate_metrics
 from gpt.shapes import parameter_shapes
 from gpt.tasks.generate import sample_text
 from gpt.topology import Topology
@@ -27,7 +28,7 @@ ALONE_BYTES = 4 << 30  # of float32 weights that one rank may read whole for the
 def run(job: Job, signals: Signals) -> int:
     """Train until ``trainer.max_steps``, a signal or the guard; returns the exit code."""
     session, trainer = Session(job), job.config.trainer
-    outcome, code = "done", guard.DONE
+    outcome, code, why = "done", guard.DONE, ""
     try:
         while not session.stopped(signals) and session.step < trainer.max_steps:
             record = session.train()
@@ -46,12 +47,12 @@ def run(job: Job, signals: Signals) -> int:
             session.save_unless_saved()
     except GuardError as error:
         say(f"STOPPED: {error}")
-        outcome, code = "guard", guard.GUARD
-    if session.saver.wait() and outcome == "done":
-        outcome, code = "failed", guard.FAILED
+        outcome, code, why = "guard", guard.GUARD, str(error)
+    if (unsaved := session.saver.wait()) and outcome == "done":
+        outcome, code, why = "failed", guard.FAILED, f"the checkpoint could not be written: {unsaved}"
     if outcome == "done":
         session.sample()
-    session.close(outcome, code)
+    session.close(outcome, code, why)
     return code
 
 
@@ -77,6 +78,7 @@ class Session:
             self.jsonl, self.sinks = log.sinks(job)
         keep = config.trainer.keep_checkpoints
         self.saver = saving.Saver(job.run_dir, keep, say, self.topology.rank, world_size(config))
+        self.told_of: int | None = None  # the last checkpoint that the sinks know
         self.meter = Meter(config)
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, float] = {}
@@ -120,8 +122,16 @@ class Session:
         """Send the step's record everywhere."""
         for sink in self.sinks:
             sink.write(record)
+        self._tell_of_checkpoint()
         if "val/loss" in record or self.shown():
             self.meter.show(record)
+
+    def _tell_of_checkpoint(self) -> None:
+        """It is whole some steps after it was begun."""
+        if (step := self.saver.saved_step) is not None and step != self.told_of:
+            self.told_of = step
+            for sink in self.sinks:
+                sink.saved(step)
 
     def shown(self) -> bool:
         """Whether the step has a line on the terminal, evaluated or not."""
@@ -164,14 +174,17 @@ class Session:
             alone = one_rank(self.job.config)
             engine = Engine(alone, Topology(alone.parallel, self.topology.device), train=False)
             engine.load(checkpoint.Checkpoint(checkpoint.folder_of(self.job.run_dir, self.step)).model(), None, {})
-        sample_text(self.job, engine, self.step)
+        if sample_text(self.job, engine, self.step):
+            for sink in self.sinks:
+                sink.sampled(self.step)
 
-    def close(self, outcome: str, code: int) -> None:
+    def close(self, outcome: str, code: int, why: str) -> None:
         """End the logs and write ``result.json``, last."""
         if self.topology.rank > 0:
             return
+        self._tell_of_checkpoint()
         for sink in self.sinks:
-            sink.close(outcome, code)
+            sink.close(outcome, code, why)
         result = {"status": outcome, "step": self.step, "tokens": self.step * self.meter.tokens_per_step}
         result["train/loss"] = self.last.get("train/loss")
         result |= self.last_validation

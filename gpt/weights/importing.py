@@ -15,8 +15,8 @@ from gpt.config import Config, Data, DataKind, Model, UserError, one_rank, padde
 from gpt.config_weights import Foreign
 from gpt.data import tokenizer, vocabularies
 from gpt.data.corpus import Prepared
+from gpt.provenance import versions
 from gpt.rules import rule_problems
-from gpt.runs import versions
 from gpt.shapes import WORD, parameter_shapes
 from gpt.weights import fleetx, huggingface
 from gpt.weights.archives import Tensors
