@@ -115,6 +115,8 @@ class Gate(Callback):
 
         try:
             job = checked(job_config(config), config.hydra.runtime.choices, list(config.hydra.overrides.task))
+            if job.optuna.search:
+                raise UserError.of(["hparams=optuna makes many runs: add -m"])
             driver.gate(job, Path(str(config.hydra.run.dir)))
         except UserError as error:
             fail(str(error))

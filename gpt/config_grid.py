@@ -38,6 +38,7 @@ class Sampler(Enum):
 class Optuna:
     """A search over hyper-parameters (``-m hparams=optuna``). None of it changes what a trial computes."""
 
+    search: bool = MISSING
     trials: int = MISSING
     parallel: int | None = None  # trials at a time; None: as many as the slots hold
     sampler: Sampler = MISSING

@@ -117,7 +117,7 @@ class Pool:
     def run(self, entries: list[Entry]) -> None:
         """Start what fits and watch all to their end. The first SIGTERM or Ctrl-C is passed on, and all save; a second
         one ends them at once."""
-        self._queue(entries)
+        self.add(entries)
         with self._signals():
             try:
                 while self.waiting or self.running or self._freed():
@@ -141,7 +141,8 @@ class Pool:
         for job in self.running:
             job.stop(number)
 
-    def _queue(self, entries: list[Entry]) -> None:
+    def add(self, entries: list[Entry]) -> None:
+        """Let more wait; also while others run."""
         self.waiting = sorted([*self.waiting, *entries], key=lambda entry: -entry.slots)
 
     def _start_what_fits(self) -> None:
@@ -220,7 +221,7 @@ class Pool:
             job.entry.lock.release()
             job.taken.release()
             if self.watcher.ended(job, code) and not self._deadline:
-                self._queue([job.entry])
+                self.add([job.entry])
 
     def _freed(self) -> bool:
         """Whether somebody has let go of what they ran; it is ours then, unless it is done."""
@@ -229,7 +230,7 @@ class Pool:
         for entry in freed:
             entry.lock.release()
             self.elsewhere.remove(entry)
-        self._queue(freed)
+        self.add(freed)
         return bool(freed)
 
     def _obey(self) -> None:

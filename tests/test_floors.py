@@ -115,6 +115,7 @@ FLOORS = [
     {"gpt.worker", "gpt.driver", "gpt.planning", "gpt.follow", "gpt.cli"},
     {"gpt.ends", "gpt.grid.composing"},
     {"gpt.grid.launching", "gpt.frozen"},
+    {"gpt.grid.searching"},
     {"launchers.plugins.hydra_plugins.gpt_grid"},
     {"gpt.main", "gpt.harness"},
 ]

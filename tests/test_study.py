@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import configured
+from conftest import Ran, configured
 
 from gpt.config import UserError
 from gpt.config_grid import Optuna
 from gpt.grid import study
 from gpt.grid.study import Proposal, Study
 
+Run = Callable[..., Ran]
 SWEEPS = [
     "optimizer.lr=tag(log,interval(1e-4,1e-2))",
     "model.hidden=int(interval(64,128))",
@@ -124,3 +128,43 @@ def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'gpt-runner\[optuna\]'"):
         study.optuna()
+
+
+SEARCH = ["hparams=optuna", "grid.name=g", "optuna.prune_from=2", "optuna.reduction_factor=2", "trainer.eval_every=2"]
+
+
+def events(folder: Path) -> list[tuple[str, int | None]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [(event["event"], event.get("code")) for event in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_with_more_trials_and_trains_nothing_twice(gpt: Run, small: list[str], tmp_path: Path) -> None:
+    job = [*small, *SEARCH, "optimizer.lr=1e-3,2e-3", "optuna.startup_trials=100"]
+    alone = gpt(*small, "hparams=optuna")
+    assert (alone.code, "hparams=optuna makes many runs: add -m" in alone.err) == (2, True)
+    for trials, before in ((2, ""), (8, ", of which 2 whole before")):
+        ran = gpt("-m", *job, f"optuna.trials={trials}")
+        assert ran.code == 0, ran.text
+        assert re.search(rf"trials +{trials}{before}\n", ran.out)
+        assert re.search(rf"whole +{trials}\n", ran.out)
+    assert events(tmp_path / "outputs/grids/g") == [("started", None), ("ended", 0)] * 2  # of 8 trials, 2 values
+
+
+@pytest.mark.slow
+def test_a_hopeless_trial_is_ended_while_it_runs_and_keeps_what_it_has(
+    gpt: Run, small: list[str], tmp_path: Path
+) -> None:
+    folder, sweep = tmp_path / "outputs/grids/g", "optimizer.lr=interval(1e-5,1e-3)"
+    earlier = Study(folder, space(sweep), settings(prune=True, prune_from=2, reduction_factor=2))
+    good = earlier.ask()
+    earlier.report(good.number, [{"step": 2, "val/loss": 0.1}])
+    earlier.finish(good.number, 0.1)
+
+    endless = [*small, *SEARCH, sweep, "optuna.prune=true", "optuna.trials=2", "trainer.max_steps=1000000"]
+    ran = gpt("-m", *endless)
+    assert ran.code == 0, ran.text
+    assert events(folder) == [("started", None), ("pruned", 143)]
+    assert "pruned: lr=" in ran.out
+    assert len(list(tmp_path.glob("outputs/*/checkpoints/step_*"))) > 0
+    assert earlier.counts() == {"whole": 1, "pruned": 1, "failed": 0, "unfinished": 0}

@@ -30,6 +30,9 @@ def before(overrides: Sequence[Override], master: DictConfig, console: Console) 
     for override in overrides:
         if not override.is_sweep_override():
             continue
+        if not (override.is_discrete_sweep() or isinstance(override.value(), Glob)):
+            problems.append(f"{override.input_line}: a grid needs single values; hparams=optuna searches an interval")
+            continue
         key, cells = override.key_or_group, _values(override)
         count *= cells
         if key.split(".")[0].split("/")[0] in OF_ALL:

@@ -131,6 +131,26 @@ def _told(problem: str, where: list[str], count: int) -> str:
     return f"{problem} (in {len(where):,} of {count:,} cells: {'; '.join(where[:SHOWN])}{more})"
 
 
+def cell(composer: Composer, overrides: list[str], differs: list[str], outputs: Path) -> Cell:
+    """One cell, checked.
+
+    Args:
+        composer: of the grid.
+        overrides: of the cell.
+        differs: those that tell it from the others.
+        outputs: the folder that its run is in.
+
+    Raises:
+        UserError: listing its problems.
+    """
+    try:
+        found = _cell(*composer.compose(overrides), overrides, differs, outputs)
+    except cli.CONFIG_ERRORS as error:
+        raise UserError.of(cli.reasons(error, overrides)) from None
+    driver.gate(found.config, found.run_dir)
+    return found
+
+
 def _cell(
     composed: DictConfig, choices: dict[str, Any], overrides: list[str], differs: list[str], outputs: Path
 ) -> Cell:

@@ -21,6 +21,7 @@ from gpt.grid.folder import Folder, name_of
 from gpt.grid.running import Live
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
+from gpt.runs import LAUNCH_ONLY
 
 
 def launch(
@@ -54,11 +55,9 @@ def launch(
     checks.together(cells, outputs)
     _prepare(cells, console)
     arguments = list(master.hydra.overrides.task)
-    folder = Folder(outputs / "grids" / (master.grid.name or _name(arguments)))
+    folder = Folder(outputs / "grids" / (master.grid.name or name(arguments)))
     for cell in cells:
-        wandb = cell.config.logger.wandb
-        wandb.group, wandb.name = wandb.group or folder.path.name, wandb.name or wandb_run.name_of(cell.differs)
-        wandb.links = wandb.links or str((folder.path / "wandb").resolve())
+        labelled(cell, folder)
     # Composed, checked, with data: from here on it matters where the cells run.
     try:
         outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
@@ -67,6 +66,13 @@ def launch(
         if later := wandb_run.commands(folder.path / "wandb"):
             console.next_commands(later)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]
+
+
+def labelled(cell: Cell, folder: Folder) -> None:
+    """What W&B calls a cell, and the grid that it is of."""
+    wandb = cell.config.logger.wandb
+    wandb.group, wandb.name = wandb.group or folder.path.name, wandb.name or wandb_run.name_of(cell.differs)
+    wandb.links = wandb.links or str((folder.path / "wandb").resolve())
 
 
 def conclude(returns: Sequence[JobReturn]) -> None:
@@ -101,10 +107,17 @@ def _prepare(cells: list[Cell], console: Console) -> None:
         driver.prepared(config, console)
 
 
-def _name(arguments: list[str]) -> str:
+def name(arguments: list[str]) -> str:
+    """The default name of a grid: by its swept keys, and by what is fixed and changes what is computed."""
     parsed = OverridesParser.create().parse_overrides(arguments)
     swept = [str(each.key_or_group) for each in parsed if each.is_sweep_override()]
-    return name_of(swept, [each.input_line or "" for each in parsed if not each.is_sweep_override()])
+    fixed = [each for each in parsed if not each.is_sweep_override() and not _only_how(each.key_or_group)]
+    return name_of(swept, [each.input_line or "" for each in fixed])
+
+
+def _only_how(key: str) -> bool:
+    """Whether a key says how cells run or are shown, and not what they compute; the task is said as well."""
+    return key != "task" and any(key == known or key.startswith(f"{known}.") for known in LAUNCH_ONLY)
 
 
 def _returned(cell: Cell, outcome: Outcome) -> JobReturn:

@@ -66,9 +66,13 @@ class Runner:
             if outcome.before is State.done:
                 outcome.state = "done before"
             else:
-                start = [sys.executable, "-m", "gpt.frozen", str(self.folder.frozen(cell))]
-                entries.append(Entry(name, start, cell.ranks, self.folder.log(name), runs.lock_of(cell.run_dir)))
+                entries.append(self.entry(cell))
         return entries
+
+    def entry(self, cell: Cell) -> Entry:
+        """What the pool is to start for a cell."""
+        start = [sys.executable, "-m", "gpt.frozen", str(self.folder.frozen(cell))]
+        return Entry(cell.name, start, cell.ranks, self.folder.log(cell.name), runs.lock_of(cell.run_dir))
 
     def run(self, entries: list[Entry]) -> None:
         """All of it."""

@@ -180,7 +180,7 @@ class Study:
         """Tell a trial's end: its validation loss, that it was given up, or with neither that it failed."""
         states = self._optuna.trial.TrialState
         state = states.PRUNED if pruned else states.FAIL if value is None else states.COMPLETE
-        self._study.tell(self._open.pop(number), None if pruned else value, state=state)
+        self._study.tell(self._open.pop(number), None if pruned else value, state=state, skip_if_finished=True)
 
     def best(self) -> tuple[float, list[str]] | None:
         """The lowest validation loss of whole trials, and what that trial set."""

@@ -18,7 +18,10 @@ from omegaconf import DictConfig
 
 
 class GridSweeper(Sweeper):
-    """All combinations, as Hydra's own sweeper makes them, which writes files and composes everything twice."""
+    """All combinations, as Hydra's own sweeper makes them, which writes files and composes everything twice.
+
+    With ``hparams=optuna`` sweeps say what is searched.
+    """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what is needed."""
@@ -29,12 +32,16 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Run all cells."""
+        """Run all cells, or a search."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         from gpt.console import Console
         from gpt.grid import checks, launching
 
+        if self.master.optuna.search:
+            from gpt.grid import searching
+
+            return searching.search(self.loader, self.master, arguments)
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
         checks.before(parsed, self.master, Console())
         (cells,) = BasicSweeper.split_arguments(parsed, None)

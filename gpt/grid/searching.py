@@ -1,0 +1,199 @@
+"""Runs a search by Optuna on this host: as slots come free the study is asked what to try next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gpt import driver, runs
+from gpt.config import ClusterKind, Task, UserError
+from gpt.console import Console
+from gpt.grid import board, composing, launching, report, study
+from gpt.grid.cells import Cell, State
+from gpt.grid.composing import Composer
+from gpt.grid.folder import Folder
+from gpt.grid.running import Live, Runner
+from gpt.grid.study import Proposal, Study
+from gpt.guard import FAILED
+from gpt.launching import JobFailed
+from launchers.pool import Entry, Running
+
+OF_THE_SEARCH = ("hparams=", "optuna.", "grid.", "yes=")  # what a trial alone does not need
+
+
+def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
+    """Try ``optuna.trials`` cells, one after the other as many side by side as the slots hold.
+
+    Args:
+        loader: Hydra's config loader.
+        master: the configuration of the whole search.
+        arguments: of the command; sweeps among them are what is searched.
+
+    Raises:
+        UserError: bad input; nothing was started.
+        JobFailed: the search was stopped, or no trial came to its end.
+    """
+    console, outputs = Console(), Path(str(master.hydra.sweep.dir))
+    space, fixed = study.split(arguments, dict(master.optuna.space), loader)
+    composer = Composer(loader, master)
+    base = composing.cell(composer, fixed, [], outputs)
+    if problems := _problems(base):
+        raise UserError.of(problems)
+    driver.prepared(base.config, console)
+    folder = Folder(outputs / "grids" / (master.grid.name or launching.name(arguments)))
+    kept = [override for override in fixed if not override.startswith(OF_THE_SEARCH)]
+    trials = Study(folder.path, space, base.config.optuna)
+    command = ["python", "-m", "gpt.main", *sys.argv[1:]]
+
+    def made(proposal: Proposal) -> Cell:
+        cell = composing.cell(composer, [*kept, *proposal.overrides], proposal.overrides, outputs)
+        launching.labelled(cell, folder)
+        folder.add([cell], command)
+        return cell
+
+    searcher = Searcher(base, folder, console, trials, made)
+    _begin(console, folder, trials, base, space, searcher.count)
+    try:
+        searcher.search()
+    finally:
+        board.closing(console, list(searcher.cells.values()), searcher.outcomes)
+        report.after(folder.path, console)
+        best = _end(console, trials)
+    if searcher.pool.stopped_by:
+        raise JobFailed("stopped; the same command goes on", 128 + searcher.pool.stopped_by)
+    if best is None:
+        raise JobFailed("no trial came to its end", FAILED)
+
+
+def _problems(base: Cell) -> list[str]:
+    found = []
+    if base.config.task is not Task.pretrain:
+        found.append(f"hparams=optuna searches for a low validation loss; task={base.config.task.value} has none")
+    if base.config.cluster.kind is not ClusterKind.local:
+        kind = base.config.cluster.kind.value
+        found.append(f"hparams=optuna runs its trials on this host: leave out cluster={kind}, or run it in a job there")
+    if not base.config.data.split[1]:
+        found.append("hparams=optuna compares validation losses, and data.split leaves no documents for validation")
+    return found
+
+
+def _begin(console: Console, folder: Folder, trials: Study, base: Cell, space: study.Space, slots: int) -> None:
+    settings, counts = base.config.optuna, trials.counts()
+    before = ", ".join(f"{number} {word}" for word, number in counts.items() if number)
+    rows = [("trials", f"{settings.trials}" + (f", of which {before} before" if before else ""))]
+    rows += [(key, str(distribution)) for key, distribution in space.items()]
+    halving = f"halving, the best 1/{settings.reduction_factor} go on from each rung"
+    rows.append(("pruning", halving if settings.prune else "off (optuna.prune=true)"))
+    rows += [("slots", f"{slots}"), ("folder", str(folder.path))]
+    console.table(f"search {folder.path.name}", rows)
+
+
+def _end(console: Console, trials: Study) -> float | None:
+    rows = [(word, str(number)) for word, number in trials.counts().items()]
+    best = trials.best()
+    if best is None:
+        console.table("search", rows)
+        return None
+    console.table("search", [*rows, ("best val/loss", f"{best[0]:.4f}"), ("with", " ".join(best[1]))])
+    return best[0]
+
+
+class Searcher(Runner):
+    """A runner whose cells are trials: it asks for more while there is room, and tells what became of them.
+
+    Args:
+        base: the cell of what is fixed, for the settings.
+        folder, console: as of every grid.
+        trials: the study.
+        made: the cell of a proposal, written down.
+    """
+
+    def __init__(
+        self, base: Cell, folder: Folder, console: Console, trials: Study, made: Callable[[Proposal], Cell]
+    ) -> None:
+        super().__init__([base], folder, console, self._watch)
+        self.cells, self.outcomes = {}, {}
+        self.base, self.trials, self.made = base, trials, made
+        self.numbers: dict[str, list[int]] = {}  # of the trials of a cell that is on its way
+
+    def search(self) -> None:
+        """All of it."""
+        if entries := self._more():
+            self.run(entries)
+
+    def poll(self, running: list[Running], waiting: list[Entry]) -> None:
+        """Also ask for more."""
+        super().poll(running, waiting)
+        if not self.stopping and not waiting:
+            self.pool.add(self._more())
+
+    def ended(self, job: Running, code: int) -> bool:
+        """Also tell the study. What was stopped is unfinished: the same command goes on with it."""
+        again = super().ended(job, code)
+        outcome = self.outcomes[job.entry.name]
+        if not again and outcome.state != "stopped":
+            self._tell(job.entry.name, pruned=outcome.state == "pruned")
+        return again
+
+    def wanted(self, entry: Entry) -> bool:
+        """Also tell the study what another driver has done meanwhile."""
+        if super().wanted(entry):
+            return True
+        self._tell(entry.name)
+        return False
+
+    def _more(self) -> list[Entry]:
+        """Trials for the room there is; those whose run is done already are told at once."""
+        entries: list[Entry] = []
+        room = (self.settings_of_search.parallel or max(1, self.count // self.base.ranks)) - len(self.numbers)
+        while len(entries) < room and (proposals := study.feed(self.trials, 1, self._free)):
+            if entry := self._admit(proposals[0]):
+                entries.append(entry)
+        return entries
+
+    @property
+    def settings_of_search(self) -> Any:
+        """``optuna:`` of the command."""
+        return self.base.config.optuna
+
+    def _free(self, proposal: Proposal) -> bool:
+        try:
+            return not runs.held(self.made(proposal).run_dir)
+        except UserError:
+            return True
+
+    def _admit(self, proposal: Proposal) -> Entry | None:
+        try:
+            cell = self.made(proposal)
+            if cell.ranks > self.count:
+                raise UserError.of([f"needs {cell.ranks} slots of {self.count}"])
+        except UserError as error:  # of this combination; others may do
+            self.console.warn(f"trial {proposal.number}, {' '.join(proposal.overrides)}: {error}")
+            self.trials.finish(proposal.number, None)
+            return None
+        waits = cell.name in self.numbers
+        self.numbers.setdefault(cell.name, []).append(proposal.number)
+        if waits:  # the same values once more: one run answers both
+            return None
+        self.cells[cell.name], self.outcomes[cell.name] = cell, board.Outcome(before=cell.state())
+        if cell.left() is State.done:
+            self.outcomes[cell.name].state = "done before"
+            self._tell(cell.name)
+            return None
+        return self.entry(cell)
+
+    def _watch(self, live: list[Live]) -> None:
+        for each in live:
+            number = self.numbers[each.cell.name][0]
+            if self.trials.report(number, runs.read_metrics(each.cell.run_dir)):
+                each.prune()
+
+    def _tell(self, name: str, *, pruned: bool = False) -> None:
+        cell = self.cells[name]
+        value = cell.value() if cell.left() is State.done else None
+        for number in self.numbers.pop(name):
+            self.trials.finish(number, value, pruned=pruned)
