@@ -117,21 +117,29 @@ class Pool:
     def run(self, entries: list[Entry]) -> None:
         """Start what fits and watch all to their end. The first SIGTERM or Ctrl-C is passed on, and all save; a second
         one ends them at once."""
-        self._queue(entries)
+        self.add(entries)
         with self._signals():
             try:
                 while self.waiting or self.running or self._freed():
-                    self._start_what_fits()
+                    self.step()
                     self.watcher.poll(self.running, self.waiting)
                     time.sleep(POLL_SECONDS)
-                    self._obey()
-                    self._look()
-                    if time.monotonic() - self._looked > ELSEWHERE_SECONDS:
-                        self._freed()
             finally:  # of an error of ours; they save and end by themselves
                 self.slots.let_go()
                 for job in self.running:
                     job.stop()
+
+    def add(self, entries: list[Entry]) -> None:
+        """Let them wait, the largest in front."""
+        self.waiting = sorted([*self.waiting, *entries], key=lambda entry: -entry.slots)
+
+    def step(self) -> None:
+        """See what has ended, and start what fits."""
+        self._obey()
+        self._look()
+        if self.elsewhere and time.monotonic() - self._looked > ELSEWHERE_SECONDS:
+            self._freed()
+        self._start_what_fits()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Start no more and end what runs."""
@@ -140,9 +148,6 @@ class Pool:
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS + END_SECONDS
         for job in self.running:
             job.stop(number)
-
-    def _queue(self, entries: list[Entry]) -> None:
-        self.waiting = sorted([*self.waiting, *entries], key=lambda entry: -entry.slots)
 
     def _start_what_fits(self) -> None:
         in_use = {job.entry.lock.path for job in self.running}
@@ -220,7 +225,7 @@ class Pool:
             job.entry.lock.release()
             job.taken.release()
             if self.watcher.ended(job, code) and not self._deadline:
-                self._queue([job.entry])
+                self.add([job.entry])
 
     def _freed(self) -> bool:
         """Whether somebody has let go of what they ran; it is ours then, unless it is done."""
@@ -229,7 +234,7 @@ class Pool:
         for entry in freed:
             entry.lock.release()
             self.elsewhere.remove(entry)
-        self._queue(freed)
+        self.add(freed)
         return bool(freed)
 
     def _obey(self) -> None:
