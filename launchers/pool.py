@@ -121,17 +121,25 @@ class Pool:
         with self._signals():
             try:
                 while self.waiting or self.running or self._freed():
-                    self._start_what_fits()
+                    self.step()
                     self.watcher.poll(self.running, self.waiting)
                     time.sleep(POLL_SECONDS)
-                    self._obey()
-                    self._look()
-                    if time.monotonic() - self._looked > ELSEWHERE_SECONDS:
-                        self._freed()
             finally:  # of an error of ours; they save and end by themselves
                 self.slots.let_go()
                 for job in self.running:
                     job.stop()
+
+    def add(self, entries: list[Entry]) -> None:
+        """Let them wait, the largest in front."""
+        self.waiting = sorted([*self.waiting, *entries], key=lambda entry: -entry.slots)
+
+    def step(self) -> None:
+        """See what has ended, and start what fits."""
+        self._obey()
+        self._look()
+        if self.elsewhere and time.monotonic() - self._looked > ELSEWHERE_SECONDS:
+            self._freed()
+        self._start_what_fits()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Start no more and end what runs."""
@@ -140,10 +148,6 @@ class Pool:
         self._deadline = self._deadline or time.monotonic() + GRACE_SECONDS + END_SECONDS
         for job in self.running:
             job.stop(number)
-
-    def add(self, entries: list[Entry]) -> None:
-        """Let more wait; also while others run."""
-        self.waiting = sorted([*self.waiting, *entries], key=lambda entry: -entry.slots)
 
     def _start_what_fits(self) -> None:
         in_use = {job.entry.lock.path for job in self.running}

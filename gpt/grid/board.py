@@ -159,7 +159,10 @@ def closing(console: Console, cells: list[Cell], outcomes: dict[str, Outcome]) -
         loss = f"{value:.4f}" if value is not None else "-"
         time = clock(outcome.seconds) if outcome.seconds else "-"
         rows.append((cell.label, outcome.state, loss, time, cell.run_dir.name))
-    console.columns("cells", ("cell", "state", "val/loss", "time", "run"), rows)
+    header: tuple[str, ...] = ("cell", "state", "val/loss", "time", "run")
+    if all(row[2] == "-" for row in rows):  # nothing trains
+        header, rows = (*header[:2], *header[3:]), [(*row[:2], *row[3:]) for row in rows]
+    console.columns("cells", header, rows)
     if len(shown) < len(cells):
         console.note(f"and {len(cells) - len(shown):,} more: those not done and the lowest losses are shown")
     if elsewhere := [cell.label for cell in cells if outcomes[cell.name].state == "elsewhere"]:
