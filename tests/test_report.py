@@ -86,7 +86,26 @@ def test_a_grid_is_read_from_the_folder_around_it_too_and_every_run_once(tmp_pat
     run_folder(tmp_path / "good", {}, curve(3.0))
     run_folder(tmp_path / "other", {}, curve(3.0))
     grid_of(tmp_path, {"good": [], "bad": ["seed=2"]}, [{"cell": "bad", "event": "ended", "code": 3}])
-    assert states(tmp_path) == {"good": "done", "other": "done", "bad": "guard"}
+    found = [(run.name, run.state) for run in gather.find(tmp_path).runs]
+    assert sorted(found) == [("bad", "guard"), ("good", "done"), ("other", "done")]
+    (tmp_path / "grids" / "g").rename(tmp_path / "grids" / "f")
+    grid_of(tmp_path, {"good": []}, [])  # a run that two grids have
+    assert sorted(run.name for run in gather.find(tmp_path).runs) == ["bad", "good", "other"]
+
+
+def test_a_grid_of_another_task_is_a_table_of_what_its_cells_were_asked(tmp_path: Path) -> None:
+    run_folder(tmp_path / "run", {}, curve(3.0))
+    cells = {f"run_evaluate_{k}": ["task=evaluate", f"evaluate.stride={k}"] for k in (1, 2)}
+    grid = grid_of(tmp_path, cells, [{"cell": "run_evaluate_1", "event": "ended", "code": 0}])
+    for name in cells:
+        frozen = {"run_dir": str(tmp_path / "run"), "config": {**BASE, "task": "evaluate"}}
+        (grid / "cells" / f"{name}.json").write_text(json.dumps(frozen))
+    found = report.write(grid, grid)
+    assert [(row.run.state, row.keys) for row in found.rows] == [
+        ("done", {"evaluate.stride": 1}),
+        ("new", {"evaluate.stride": 2}),
+    ]
+    assert found.rows[0].figures["parameters"] is None  # those of the command, not of what it evaluated
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:

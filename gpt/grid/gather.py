@@ -55,6 +55,7 @@ class Run:
         code: with which its last start in the grid ended.
         logs: files, the most telling first.
         about: when and by what it was made.
+        training: whether it is one; a cell of another task reads the folder of a run that is none of its own.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Run:
     code: int | None = None
     logs: list[Path] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    training: bool = True
 
     def last(self, column: str) -> float | None:
         """The last figure of a column; of ``val/loss`` and ``train/loss`` the result's where there is one."""
@@ -112,7 +114,7 @@ def find(folder: Path) -> Found:
         folder: read only; may itself be a run.
     """
     below = sorted(_folders(folder))
-    grids, found, seen = [], [], set()
+    grids, found, seen, cells = [], [], set(), set()
     for path in (path for path in below if (path / "grid.json").is_file()):
         grid = Folder(path)
         known = grid.read()
@@ -120,8 +122,10 @@ def find(folder: Path) -> Found:
         events = grid.events()
         for name, cell in known["cells"].items():
             run = _cell(grid, name, cell, [event for event in events if event.get("cell") == name])
-            found.append(run)
-            seen.add(run.path.resolve())
+            if (name, run.path.resolve()) not in cells:  # two grids may have the same
+                found.append(run)
+            cells.add((name, run.path.resolve()))
+            seen |= {run.path.resolve()} if run.training else set()
     rest = (path for path in below if (path / "job.json").is_file() and path.resolve() not in seen)
     found.extend(_run(path, path.name) for path in rest)
     count = Counter(run.name for run in found)
@@ -158,15 +162,15 @@ def _cell(grid: Folder, name: str, cell: dict[str, Any], events: list[dict[str, 
     log = [grid.log(name)] if grid.log(name).is_file() else []
     overrides = [str(override) for override in cell.get("overrides", [])]
     config = frozen.get("config") or {}
-    if config.get("task", "pretrain") == "pretrain" and (path / "job.json").is_file():
-        return _run(path, name, code, log, _keys(overrides))
     training = config.get("task", "pretrain") == "pretrain"
+    if training and (path / "job.json").is_file():
+        return _run(path, name, code, log, _keys(overrides))
     ends = _ended(code) or ("lost" if training else "done") if code is not None else "interrupted"
     state = "running" if training and _at_work(path) else ends if events else "new"
-    known = _flat(config) if config else dict(_given(overrides))
+    known = _flat(config) if config and training else dict(_given(overrides, runs.LAUNCH_ONLY if training else ()))
     nothing = {column: np.zeros(0) for column in COLUMNS}
     command = ["python", "-m", "gpt.main", *overrides]
-    return Run(name, path, state, known, _keys(overrides), command, nothing, {}, code, log)
+    return Run(name, path, state, known, _keys(overrides), command, nothing, {}, code, log, training=training)
 
 
 def _run(path: Path, name: str, code: int | None = None, log: list[Path] | None = None, named: Any = None) -> Run:
@@ -233,11 +237,11 @@ def _keys(words: list[str]) -> set[str]:
     return {word.lstrip("+~").split("=")[0] for word in words if "=" in word}
 
 
-def _given(overrides: list[str]) -> Iterator[tuple[str, Any]]:
+def _given(overrides: list[str], without: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """The keys and values of overrides, where nothing else is left of a command."""
     for override in overrides:
         key, _, text = override.lstrip("+").partition("=")
-        if key in runs.LAUNCH_ONLY or key.split(".")[0] in runs.LAUNCH_ONLY:
+        if key in without or key.split(".")[0] in without:
             continue
         try:
             yield key, json.loads(text)
