@@ -44,6 +44,13 @@ def test_every_end_of_a_run_is_told_apart(tmp_path: Path) -> None:
     assert found == ends
 
 
+def test_what_a_search_gave_up_is_told_from_what_was_stopped(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_folder(tmp_path / name, {}, curve(3.0)[:20], result={"status": "stopped", "step": 20})
+    ends = [{"cell": "a", "event": "pruned", "code": 143}, {"cell": "b", "event": "ended", "code": -15}]
+    assert states(grid_of(tmp_path, {"a": [], "b": [], "c": []}, ends)) == {"a": "pruned", "b": "stopped", "c": "new"}
+
+
 def test_a_torn_line_and_steps_computed_again_do_not_spoil_a_curve(tmp_path: Path) -> None:
     again = '{"step": 40, "tokens": 81920, "train/loss": 9.0}\n{"step": 41, "tok'
     run_folder(tmp_path / "a", {}, curve(3.0), torn=again)

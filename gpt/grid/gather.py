@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from gpt import runs
 from gpt.config import Config, Data, Model, Parallel
-from gpt.grid.folder import Folder
+from gpt.grid.folder import STOPPED, Folder
+from gpt.guard import GUARD
 from gpt.plan import counts
 
 Array = NDArray[np.float64]
@@ -29,6 +30,7 @@ STATES = {
     "done": "it reached trainer.max_steps",
     "running": "somebody is at work on it",
     "stopped": "stopped by a signal; the same command goes on",
+    "pruned": "given up by a search: others were better at the same step",
     "interrupted": "it ended without saying how, or before trainer.max_steps; the same command goes on",
     "guard": "stopped by the guard: the loss or the gradient was not finite, or a rank hung",
     "failed": "it ended with an error",
@@ -119,9 +121,9 @@ def find(folder: Path) -> Found:
         grid = Folder(path)
         known = grid.read()
         grids.append({**known, "folder": path})
-        events = grid.events()
+        last = grid.last_events()
         for name, cell in known["cells"].items():
-            run = _cell(grid, name, cell, [event for event in events if event.get("cell") == name])
+            run = _cell(grid, name, cell, last.get(name, {}))
             if (name, run.path.resolve()) not in cells:  # two grids may have the same
                 found.append(run)
             cells.add((name, run.path.resolve()))
@@ -148,25 +150,26 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _renamed(run: Run, folder: Path) -> Run:
-    return Run(**{**vars(run), "name": os.path.relpath(run.path, folder)})
+    return replace(run, name=os.path.relpath(run.path, folder))
 
 
-def _cell(grid: Folder, name: str, cell: dict[str, Any], events: list[dict[str, Any]]) -> Run:
-    """A cell of a grid: its run if that is there, else what the grid knows of it."""
+def _cell(grid: Folder, name: str, cell: dict[str, Any], last: dict[str, Any]) -> Run:
+    """A cell of a grid, with its last event: its run if that is there, else what the grid knows of it."""
     frozen = _json(grid.path / "cells" / f"{name}.json")
     path = Path(os.path.normpath(grid.path.resolve() / cell.get("run_dir", name)))
     if not path.exists() and Path(frozen.get("run_dir", "")).is_absolute():
         path = Path(frozen["run_dir"])  # the grid's folder was moved away from its runs
-    codes = [event.get("code") for event in events if event.get("event") == "ended"]
-    code = codes[-1] if codes else None
+    code = last.get("code")
     log = [grid.log(name)] if grid.log(name).is_file() else []
     overrides = [str(override) for override in cell.get("overrides", [])]
     config = frozen.get("config") or {}
     training = config.get("task", "pretrain") == "pretrain"
     if training and (path / "job.json").is_file():
-        return _run(path, name, code, log, _keys(overrides))
+        run = _run(path, name, code, log, _keys(overrides))
+        given_up = last.get("event") == "pruned" and run.state in ("stopped", "interrupted")
+        return replace(run, state="pruned") if given_up else run
     ends = _ended(code) or ("lost" if training else "done") if code is not None else "interrupted"
-    state = "running" if training and _at_work(path) else ends if events else "new"
+    state = "running" if training and _at_work(path) else ends if last else "new"
     known = _flat(config) if config and training else dict(_given(overrides, runs.LAUNCH_ONLY if training else ()))
     nothing = {column: np.zeros(0) for column in COLUMNS}
     command = ["python", "-m", "gpt.main", *overrides]
@@ -210,7 +213,7 @@ def _ended(code: int | None) -> str | None:
     """What an exit code says; None: nothing."""
     if code in (None, 0):
         return None
-    return {3: "guard", 130: "stopped", 143: "stopped"}.get(code or 0, "failed")
+    return "stopped" if code in STOPPED else "guard" if code == GUARD else "failed"
 
 
 def _json(file: Path) -> dict[str, Any]:
