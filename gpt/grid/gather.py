@@ -183,7 +183,7 @@ def _run(path: Path, name: str, code: int | None = None, log: list[Path] | None 
     config = _flat(job.get("config") or {})
     columns = _columns(path / "metrics.jsonl")
     workers = sorted((path / "logs").glob("worker.*.log"), key=lambda file: int(re.sub(r"\D", "", file.name) or 0))
-    about = {key: job[key] for key in ("created", "versions", "git") if job.get(key)}
+    about = {key: job[key] for key in ("created", "versions", "git", "machine") if job.get(key)}
     state = _state(path, result, config, code)
     return Run(
         name, path, state, config, (named or set()) | _keys(command), command, columns, result, code,
