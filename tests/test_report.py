@@ -44,6 +44,13 @@ def test_every_end_of_a_run_is_told_apart(tmp_path: Path) -> None:
     assert found == ends
 
 
+def test_what_a_search_gave_up_is_told_from_what_was_stopped(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run_folder(tmp_path / name, {}, curve(3.0)[:20], result={"status": "stopped", "step": 20})
+    ends = [{"cell": "a", "event": "pruned", "code": 143}, {"cell": "b", "event": "ended", "code": -15}]
+    assert states(grid_of(tmp_path, {"a": [], "b": [], "c": []}, ends)) == {"a": "pruned", "b": "stopped", "c": "new"}
+
+
 def test_a_torn_line_and_steps_computed_again_do_not_spoil_a_curve(tmp_path: Path) -> None:
     again = '{"step": 40, "tokens": 81920, "train/loss": 9.0}\n{"step": 41, "tok'
     run_folder(tmp_path / "a", {}, curve(3.0), torn=again)
@@ -86,7 +93,26 @@ def test_a_grid_is_read_from_the_folder_around_it_too_and_every_run_once(tmp_pat
     run_folder(tmp_path / "good", {}, curve(3.0))
     run_folder(tmp_path / "other", {}, curve(3.0))
     grid_of(tmp_path, {"good": [], "bad": ["seed=2"]}, [{"cell": "bad", "event": "ended", "code": 3}])
-    assert states(tmp_path) == {"good": "done", "other": "done", "bad": "guard"}
+    found = [(run.name, run.state) for run in gather.find(tmp_path).runs]
+    assert sorted(found) == [("bad", "guard"), ("good", "done"), ("other", "done")]
+    (tmp_path / "grids" / "g").rename(tmp_path / "grids" / "f")
+    grid_of(tmp_path, {"good": []}, [])  # a run that two grids have
+    assert sorted(run.name for run in gather.find(tmp_path).runs) == ["bad", "good", "other"]
+
+
+def test_a_grid_of_another_task_is_a_table_of_what_its_cells_were_asked(tmp_path: Path) -> None:
+    run_folder(tmp_path / "run", {}, curve(3.0))
+    cells = {f"run_evaluate_{k}": ["task=evaluate", f"evaluate.stride={k}"] for k in (1, 2)}
+    grid = grid_of(tmp_path, cells, [{"cell": "run_evaluate_1", "event": "ended", "code": 0}])
+    for name in cells:
+        frozen = {"run_dir": str(tmp_path / "run"), "config": {**BASE, "task": "evaluate"}}
+        (grid / "cells" / f"{name}.json").write_text(json.dumps(frozen))
+    found = report.write(grid, grid)
+    assert [(row.run.state, row.keys) for row in found.rows] == [
+        ("done", {"evaluate.stride": 1}),
+        ("new", {"evaluate.stride": 2}),
+    ]
+    assert found.rows[0].figures["parameters"] is None  # those of the command, not of what it evaluated
 
 
 def test_reading_changes_nothing(tmp_path: Path) -> None:
@@ -148,6 +174,13 @@ def test_a_run_that_is_not_done_is_not_the_best_while_another_is(tmp_path: Path)
     found = summary.summarise(gather.find(tmp_path))
     assert found.best is not None
     assert found.rows[found.best].run.name == "a"
+
+
+def test_while_no_run_is_done_those_that_came_furthest_are_compared(tmp_path: Path) -> None:
+    for name, seed, steps in (("a", 1, 20), ("b", 2, 30), ("c", 3, 30)):
+        run_folder(tmp_path / name, {"seed": seed}, curve(3.0 + seed)[:steps], result=None)
+    (group,) = summary.summarise(gather.find(tmp_path)).groups
+    assert sorted(group.seeds) == [2, 3]
 
 
 # ---- seeds ----

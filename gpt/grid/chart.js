@@ -147,7 +147,7 @@ class Chart {
     const look = `data-id="${s.id}" stroke="${s.colour}" opacity="${s.opacity ?? 1}"`;
     const dotted = dots.length ? `<path class="dots" ${look} stroke-width="${s.dots}" d="${dots.join("")}"/>` : "";
     if (!s.width) return dotted;
-    return `<path ${look} stroke-width="${s.width}" stroke-dasharray="${s.dash || "none"}" d="${d.join("")}"/>${dotted}`;
+    return `<path ${look} ${s.pale ? 'class="pale"' : ""} stroke-width="${s.width}" stroke-dasharray="${s.dash || "none"}" d="${d.join("")}"/>${dotted}`;
   }
 
   name(s) {

@@ -10,7 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from gpt import runs
 from gpt.config import Config, Data, Model, Parallel
-from gpt.grid.folder import Folder
+from gpt.grid.folder import STOPPED, Folder
+from gpt.guard import GUARD
 from gpt.plan import counts
 
 Array = NDArray[np.float64]
@@ -29,6 +30,7 @@ STATES = {
     "done": "it reached trainer.max_steps",
     "running": "somebody is at work on it",
     "stopped": "stopped by a signal; the same command goes on",
+    "pruned": "given up by a search: others were better at the same step",
     "interrupted": "it ended without saying how, or before trainer.max_steps; the same command goes on",
     "guard": "stopped by the guard: the loss or the gradient was not finite, or a rank hung",
     "failed": "it ended with an error",
@@ -55,6 +57,7 @@ class Run:
         code: with which its last start in the grid ended.
         logs: files, the most telling first.
         about: when and by what it was made.
+        training: whether it is one; a cell of another task reads the folder of a run that is none of its own.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Run:
     code: int | None = None
     logs: list[Path] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    training: bool = True
 
     def last(self, column: str) -> float | None:
         """The last figure of a column; of ``val/loss`` and ``train/loss`` the result's where there is one."""
@@ -112,16 +116,18 @@ def find(folder: Path) -> Found:
         folder: read only; may itself be a run.
     """
     below = sorted(_folders(folder))
-    grids, found, seen = [], [], set()
+    grids, found, seen, cells = [], [], set(), set()
     for path in (path for path in below if (path / "grid.json").is_file()):
         grid = Folder(path)
         known = grid.read()
         grids.append({**known, "folder": path})
-        events = grid.events()
+        last = grid.last_events()
         for name, cell in known["cells"].items():
-            run = _cell(grid, name, cell, [event for event in events if event.get("cell") == name])
-            found.append(run)
-            seen.add(run.path.resolve())
+            run = _cell(grid, name, cell, last.get(name, {}))
+            if (name, run.path.resolve()) not in cells:  # two grids may have the same
+                found.append(run)
+            cells.add((name, run.path.resolve()))
+            seen |= {run.path.resolve()} if run.training else set()
     rest = (path for path in below if (path / "job.json").is_file() and path.resolve() not in seen)
     found.extend(_run(path, path.name) for path in rest)
     count = Counter(run.name for run in found)
@@ -144,29 +150,30 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _renamed(run: Run, folder: Path) -> Run:
-    return Run(**{**vars(run), "name": os.path.relpath(run.path, folder)})
+    return replace(run, name=os.path.relpath(run.path, folder))
 
 
-def _cell(grid: Folder, name: str, cell: dict[str, Any], events: list[dict[str, Any]]) -> Run:
-    """A cell of a grid: its run if that is there, else what the grid knows of it."""
+def _cell(grid: Folder, name: str, cell: dict[str, Any], last: dict[str, Any]) -> Run:
+    """A cell of a grid, with its last event: its run if that is there, else what the grid knows of it."""
     frozen = _json(grid.path / "cells" / f"{name}.json")
     path = Path(os.path.normpath(grid.path.resolve() / cell.get("run_dir", name)))
     if not path.exists() and Path(frozen.get("run_dir", "")).is_absolute():
         path = Path(frozen["run_dir"])  # the grid's folder was moved away from its runs
-    codes = [event.get("code") for event in events if event.get("event") == "ended"]
-    code = codes[-1] if codes else None
+    code = last.get("code")
     log = [grid.log(name)] if grid.log(name).is_file() else []
     overrides = [str(override) for override in cell.get("overrides", [])]
     config = frozen.get("config") or {}
-    if config.get("task", "pretrain") == "pretrain" and (path / "job.json").is_file():
-        return _run(path, name, code, log, _keys(overrides))
     training = config.get("task", "pretrain") == "pretrain"
+    if training and (path / "job.json").is_file():
+        run = _run(path, name, code, log, _keys(overrides))
+        given_up = last.get("event") == "pruned" and run.state in ("stopped", "interrupted")
+        return replace(run, state="pruned") if given_up else run
     ends = _ended(code) or ("lost" if training else "done") if code is not None else "interrupted"
-    state = "running" if training and _at_work(path) else ends if events else "new"
-    known = _flat(config) if config else dict(_given(overrides))
+    state = "running" if training and _at_work(path) else ends if last else "new"
+    known = _flat(config) if config and training else dict(_given(overrides, runs.LAUNCH_ONLY if training else ()))
     nothing = {column: np.zeros(0) for column in COLUMNS}
     command = ["python", "-m", "gpt.main", *overrides]
-    return Run(name, path, state, known, _keys(overrides), command, nothing, {}, code, log)
+    return Run(name, path, state, known, _keys(overrides), command, nothing, {}, code, log, training=training)
 
 
 def _run(path: Path, name: str, code: int | None = None, log: list[Path] | None = None, named: Any = None) -> Run:
@@ -176,7 +183,7 @@ def _run(path: Path, name: str, code: int | None = None, log: list[Path] | None 
     config = _flat(job.get("config") or {})
     columns = _columns(path / "metrics.jsonl")
     workers = sorted((path / "logs").glob("worker.*.log"), key=lambda file: int(re.sub(r"\D", "", file.name) or 0))
-    about = {key: job[key] for key in ("created", "versions", "git") if job.get(key)}
+    about = {key: job[key] for key in ("created", "versions", "git", "machine") if job.get(key)}
     state = _state(path, result, config, code)
     return Run(
         name, path, state, config, (named or set()) | _keys(command), command, columns, result, code,
@@ -206,7 +213,7 @@ def _ended(code: int | None) -> str | None:
     """What an exit code says; None: nothing."""
     if code in (None, 0):
         return None
-    return {3: "guard", 130: "stopped", 143: "stopped"}.get(code or 0, "failed")
+    return "stopped" if code in STOPPED else "guard" if code == GUARD else "failed"
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -233,11 +240,11 @@ def _keys(words: list[str]) -> set[str]:
     return {word.lstrip("+~").split("=")[0] for word in words if "=" in word}
 
 
-def _given(overrides: list[str]) -> Iterator[tuple[str, Any]]:
+def _given(overrides: list[str], without: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """The keys and values of overrides, where nothing else is left of a command."""
     for override in overrides:
         key, _, text = override.lstrip("+").partition("=")
-        if key in runs.LAUNCH_ONLY or key.split(".")[0] in runs.LAUNCH_ONLY:
+        if key in without or key.split(".")[0] in without:
             continue
         try:
             yield key, json.loads(text)

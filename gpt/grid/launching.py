@@ -62,7 +62,7 @@ def launch(
     try:
         outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
     finally:
-        report.after(folder.path, console)
+        report.after(folder.path, console, show=first)
         if later := wandb_run.commands(folder.path / "wandb"):
             console.next_commands(later)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]

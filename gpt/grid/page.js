@@ -65,7 +65,7 @@ function seriesOf(i, kind, axis, style) {
   const x = xs(run, curve, axis), one = { id: i, kind, x, raw: curve.loss, step: curve.step, colour: colourOf(i), dash: dashOf(i), ...style };
   if (kind === "train" && choice.smooth && !style.exact) {
     const y = smooth(curve.step, curve.loss, choice.smooth);
-    return [{ ...one, y: curve.loss, opacity: 0.22, width: 1, quiet: true }, { ...one, y }];
+    return [{ ...one, y: curve.loss, opacity: 0.22, width: 1, quiet: true, pale: true }, { ...one, y }];
   }
   return [{ ...one, y: curve.loss }];
 }
@@ -85,7 +85,7 @@ function tell(s, k) {
   const curve = run[s.kind];
   for (const axis of ["step", "tokens", "flops", "seconds"]) {
     const x = (axis !== "flops" || run.flops_per_token) && xs(run, curve, axis);
-    if (x) facts.push([axis, axis === "step" ? x[k].toLocaleString("en") : X[axis].format(x[k])]);
+    if (x) facts.push([{ flops: "compute", seconds: "time" }[axis] || axis, axis === "step" ? x[k].toLocaleString("en") : X[axis].format(x[k])]);
   }
   if (run.each > 1 && s.kind === "train") facts.push(["mean of", `about ${run.each} steps`]);
   return `<b>${escapeText(nameOf(s.id))}</b><dl>${facts.map(([a, b]) => `<dt>${a}</dt><dd>${b}</dd>`).join("")}</dl>`;

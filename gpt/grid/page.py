@@ -311,6 +311,8 @@ def _provenance(summary: Summary, home: Path) -> str:
             ", ".join(sorted({str(each["git"])[:12] for each in about if "git" in each})) or "not from a git checkout",
         )
     )
+    machines = {_machine(each["machine"]) for each in about if isinstance(each.get("machine"), dict)}
+    facts += [("computed on", machine) for machine in sorted(machines)]
     versions: dict[str, set[str]] = {}
     for each in about:
         for what, version in each.get("versions", {}).items():
@@ -323,3 +325,10 @@ def _provenance(summary: Summary, home: Path) -> str:
         *(f"<dt>{_text(a)}</dt><dd>{_text(b)}</dd>" for a, b in facts),
         "</dl>\n",
     )
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """Of ``gpt.provenance``: what computes in it."""
+    gpus = Counter(str(gpu) for gpu in machine.get("gpus") or [])
+    parts = [f"{count} x {gpu}" for gpu, count in gpus.items()]
+    return f"{machine.get('host')}: {', '.join([*parts, str(machine.get('cpu'))])}, {machine.get('cores')} cores"

@@ -43,12 +43,20 @@ def run(config: Config, console: Console) -> None:
         raise UserError.of([f"report.output={home}: {error}; choose another"]) from error
 
 
-def after(folder: Path, console: Console) -> None:
-    """At the end of a grid, however it ended; a page that cannot be made does not change that."""
+def after(folder: Path, console: Console, *, show: bool = True) -> None:
+    """At the end of a grid, however it ended; a page that cannot be made does not change that.
+
+    Args:
+        folder: of the grid.
+        console: to print on.
+        show: print what came out; the table of all cells is there already.
+    """
     if not (folder / "grid.json").is_file():
         return
     try:
-        show(write(folder, folder), folder, console)
+        found = write(folder, folder)
+        if show:
+            sum_up(found, folder, console)
     except Exception as error:
         console.warn(f"no report ({type(error).__name__}: {error}); task=report report.path={folder} makes it")
 
@@ -63,7 +71,7 @@ def write(folder: Path, home: Path) -> Summary:
 
 
 def show(found: Summary, home: Path, console: Console) -> None:
-    """Print the best runs, the groups over seeds, what can be believed, and what to do next."""
+    """Print the best runs and ``sum_up``."""
     figures = [name for name in summary.figures_of(found) if name not in ("step", "flops")]
     header = ("state", *found.keys, *figures)
     rows = [
@@ -77,6 +85,11 @@ def show(found: Summary, home: Path, console: Console) -> None:
     console.columns(f"{len(rows)} runs, the lowest {found.metric} first", header, rows[:SHOWN_ROWS])
     if len(rows) > SHOWN_ROWS:
         console.note(f"and {len(rows) - SHOWN_ROWS} more in {home / 'summary.csv'}")
+    sum_up(found, home, console)
+
+
+def sum_up(found: Summary, home: Path, console: Console) -> None:
+    """Print the groups over seeds, what can be believed, where the files are, and what to do next."""
     groups = [group for group in found.groups if group.n]
     if found.spread and groups:
         keys = [key for key in found.keys if key != "seed"]

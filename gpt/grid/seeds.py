@@ -69,7 +69,7 @@ class Spread:
     Attributes:
         sd: pooled standard deviation over seeds.
         freedom: its degrees of freedom.
-        n: seeds of a group, as most have.
+        n: seeds of a group, as most of those with several have.
         groups: that are compared.
         difference: smallest one worth believing between any two groups of ``n`` seeds.
         pair: the same for two groups that were chosen before anybody saw a result: t(97.5 %; nu) s sqrt(2 / n).
@@ -107,10 +107,10 @@ def judge(groups: list[Group]) -> Spread | None:
         own = max(variance, (group.sd or 0.0) ** 2)
         limit = q * math.sqrt((variance / best.n + own / group.n) / 2)
         group.verdict = "worse" if group.mean - best.mean > limit else "same"
-    counts = [group.n for group in compared]
+    counts = [group.n for group in compared if group.n > 1]
     n = max(set(counts), key=lambda count: (counts.count(count), count))
     scale = math.sqrt(variance / n)
-    return Spread(math.sqrt(variance), freedom, n, k, q * scale, studentized_range(2, freedom) * scale)
+    return Spread(math.sqrt(variance), freedom, n, len(compared), q * scale, studentized_range(2, freedom) * scale)
 
 
 @functools.lru_cache(maxsize=64)

@@ -132,8 +132,9 @@ def _function_of(source: list[str | None], target: list[str | None]) -> bool:
 
 
 def _groups(rows: list[Row], metric: str) -> list[Group]:
-    """Rows that differ in nothing but the seed; only runs that are done count, if any is."""
+    """Rows that differ in nothing but the seed. Runs that are done count; if none is, those that came furthest."""
     done = any(row.run.state == "done" for row in rows)
+    furthest = max((row.figures["step"] or 0 for row in rows), default=0)
     groups: dict[str, Group] = {}
     for number, row in enumerate(rows):
         if row.run.state in ("new", "lost"):
@@ -142,7 +143,11 @@ def _groups(rows: list[Row], metric: str) -> list[Group]:
         group = groups.setdefault(json.dumps(rest, sort_keys=True), Group([]))
         group.runs.append(number)
         value, seed = row.figures[metric], row.keys.get("seed")
-        counts = value is not None and math.isfinite(value) and (row.run.state == "done" or not done)
+        counts = (
+            value is not None
+            and math.isfinite(value)
+            and (row.run.state == "done" if done else row.figures["step"] == furthest)
+        )
         if counts and seed not in group.seeds:  # the same configuration and seed twice is one run
             group.values.append(float(value or 0.0))
             group.counted.append(number)
@@ -211,18 +216,22 @@ def verdict(summary: Summary) -> list[str]:
             "Add seed=1,2,3 to the command of the grid."
         ]
     s, same = summary.spread, [group for group in compared if group.verdict == "same"]
+    luck = f"Standard deviation over seeds {s.sd:.4f}, {s.freedom} degrees of freedom."
+    if len(compared) == 1:
+        return [
+            f"Smallest difference worth believing: {s.pair:.4f} from another with {s.n} seeds (Student's t). {luck}"
+        ]
     lines = [
         f"Smallest difference worth believing: {s.difference:.4f} between any two of {s.groups} "
         f"with {s.n} seeds each (Tukey, 95 %), {s.pair:.4f} between two that were chosen beforehand (Student's t). "
-        f"Standard deviation over seeds {s.sd:.4f}, {s.freedom} degrees of freedom."
+        f"{luck}"
     ]
-    if len(compared) > 1:
-        names = ", ".join(label(summary.rows[group.runs[0]], keys) for group in same[:5])
-        more = f" and {len(same) - 5} more" if len(same) > 5 else ""
-        lines.append(
-            f"Not distinguishable from the best: {names}{more}." if same else "The best is better than all others."
-        )
-    return lines
+    names = ", ".join(label(summary.rows[group.runs[0]], keys) for group in same[:5])
+    more = f" and {len(same) - 5} more" if len(same) > 5 else ""
+    return [
+        *lines,
+        f"Not distinguishable from the best: {names}{more}." if same else "The best is better than all others.",
+    ]
 
 
 def plain(summary: Summary, home: Path) -> dict[str, Any]:
