@@ -11,10 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gpt import driver, planning
-from gpt.config import Task
+from gpt import driver, planning, rules_cluster
+from gpt.config import Task, UserError
+from gpt.config_cluster import ClusterKind
 from gpt.console import Console
-from gpt.grid import checks, composing, running
+from gpt.grid import away, checks, composing, running
 from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder, name_of
@@ -52,14 +53,20 @@ def launch(
     composed = composing.compose(loader, master, all_overrides)
     cells = _once(composed, console)
     checks.together(cells, outputs)
-    _prepare(cells, console)
+    elsewhere = rules_cluster.is_away(cells[0].config)
+    if not elsewhere:
+        _prepare(cells, console)
     arguments = list(master.hydra.overrides.task)
     folder = Folder(outputs / "grids" / (master.grid.name or _name(arguments)))
     for cell in cells:
         wandb = cell.config.logger.wandb
         wandb.group = wandb.group or folder.path.name
-    # Composed, checked, with data: from here on it matters where the cells run.
-    outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
+    command = ["python", "-m", "gpt.main", *sys.argv[1:]]
+    if elsewhere:
+        _results_are_there(cells[0], master)
+        outcomes = away.grid(cells, folder, command, console)
+    else:
+        outcomes = running.run(cells, folder, command, console, watch, first=first)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]
 
 
@@ -86,6 +93,13 @@ def _once(cells: list[Cell], console: Console) -> list[Cell]:
             why = "" if len({tuple(cell.overrides) for cell in same}) == 1 else ": they would compute the same"
             console.warn(f"{len(same)} cells are one run, {same[0].name}, which runs once{why} ({names})")
     return [same[0] for same in found.values()]
+
+
+def _results_are_there(cell: Cell, master: DictConfig) -> None:
+    """A sweeper that chooses by results must get them."""
+    chooses = not str(master.hydra.sweeper._target_).endswith("GridSweeper")
+    if chooses and not (cell.config.cluster.wait and cell.config.cluster.kind is ClusterKind.slurm):
+        raise UserError.of(["this search chooses by results, so it has to wait for them: cluster=slurm cluster.wait=true"])
 
 
 def _prepare(cells: list[Cell], console: Console) -> None:
