@@ -112,7 +112,10 @@ def _prepare(cells: list[Cell], console: Console) -> None:
 def _name(arguments: list[str]) -> str:
     parsed = OverridesParser.create().parse_overrides(arguments)
     swept = [str(each.key_or_group) for each in parsed if each.is_sweep_override()]
-    return name_of(swept, [each.input_line or "" for each in parsed if not each.is_sweep_override()])
+    fixed = [each for each in parsed if not each.is_sweep_override()]
+    # Where the cells run, and whether somebody waits for them, does not make it another grid.
+    named = [each for each in fixed if each.key_or_group.partition(".")[0] not in ("cluster", "dry_run", "grid", "yes")]
+    return name_of(swept, [each.input_line or "" for each in named])
 
 
 def _returned(cell: Cell, outcome: Outcome) -> JobReturn:

@@ -149,18 +149,22 @@ def _numbers(watched: Sequence[Submitted]) -> list[str]:
 
 
 def _say_where(watched: Sequence[Submitted], folder: Folder, console: Console, *, array: bool) -> None:
-    numbers = _numbers(watched)
-    log = watched[0].folder.log(watched[0].cell.name)
-    look = f"python -m gpt.main task=report report.path={folder.path}" if array else ""
+    numbers, log = _numbers(watched), watched[0].folder.log(watched[0].cell.name)
+    page = (f"python -m gpt.main task=report report.path={_short(folder.path)}", "the page about it, at any time")
     console.next_commands(
         [
             (f"squeue --jobs={','.join(numbers)}", "what waits, what runs"),
-            (f"tail -F {log}", "the output of " + ("one cell" if array else "the run")),
+            (f"tail -F {_short(log)}", "output of " + ("a cell" if array else "the run")),
             (f"scancel {' '.join(numbers)}", "end it; ranks save first"),
-            *([(look, "the page about it, at any time")] if array else []),
-            ("the same command", "submits again what failed or was ended, and only that"),
+            *([page] if array else []),
         ]
     )
+    console.note("the same command submits what failed or was ended, and leaves alone what is queued or done")
+
+
+def _short(path: Path) -> Path:
+    here, path = Path.cwd(), path.resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _wait(watched: Sequence[Submitted], console: Console) -> dict[str, int]:
