@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from gpt import driver, runs
-from gpt.config import Config, Task, UserError, plain
+from gpt.config import Config
 from gpt.config_cluster import ClusterKind
 from gpt.console import Console
 from gpt.data.corpus import Prepared
 from gpt.files import write_atomic
-from gpt.grid import submitting
-from gpt.grid.cells import Cell, State
+from gpt.grid import board, submitting
+from gpt.grid.board import Outcome
+from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
 from launchers import kubernetes, nodes
 
 
-def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Console) -> dict[str, int]:
-    """All cells of a grid; returns the exit codes that are known.
+def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Console) -> dict[str, Outcome]:
+    """All cells of a grid; returns what has become of each, as far as it is known.
 
     Raises:
         UserError: nothing was submitted.
     """
-    if len({cell.config.cluster.kind for cell in cells}) > 1:
-        raise UserError.of(["the cells of a grid go to one cluster: leave cluster= out of what is swept"])
     if _shown(cells, folder, console, array=True):
-        return {}
-    prepared = {data: driver.prepared(config, console) for data, config in _of_data(cells).items()}
-    for cell in cells:
-        if cell.config.task is Task.pretrain and cell.state() in (State.failed, State.interrupted):
-            _makes_sense(cell, prepared[_data(cell)], console)
-    return submitting.run(cells, folder, command, console)
+        return {cell.name: Outcome("shown") for cell in cells}
+    prepared = {_data(cell): cell.config for cell in cells if cell.trains}
+    found = {data: driver.prepared(config, console) for data, config in prepared.items()}
+
+    def wanted(cell: Cell) -> bool:
+        return not cell.trains or _makes_sense(cell, found[_data(cell)], console)
+
+    outcomes = submitting.run(cells, folder, command, console, wanted=wanted)
+    if cells[0].config.cluster.wait:
+        board.closing(console, list(cells), outcomes)
+    return outcomes
 
 
 def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
@@ -49,11 +52,15 @@ def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
     cell, folder = Cell(overrides, config, run_dir), Folder(run_dir / "slurm")
     if _shown([cell], folder, console, array=False):
         return
-    if config.task is Task.pretrain and not _makes_sense(cell, driver.prepared(config, console), console):
-        return
+    data = driver.prepared(config, console) if cell.trains else None
+
+    def wanted(cell: Cell) -> bool:
+        return data is None or _makes_sense(cell, data, console)
+
     command = ["python", "-m", "gpt.main", *overrides]
-    if code := submitting.run([cell], folder, command, console, array=False).get(cell.name):
-        raise JobFailed("", code if code > 0 else FAILED)
+    outcome = submitting.run([cell], folder, command, console, wanted=wanted, array=False)[cell.name]
+    if outcome.code:
+        raise JobFailed("", outcome.code if outcome.code > 0 else FAILED)
 
 
 def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bool) -> bool:
@@ -85,22 +92,15 @@ def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bo
 
 
 def _data(cell: Cell) -> str:
-    return json.dumps(plain(cell.config)["data"])
-
-
-def _of_data(cells: Sequence[Cell]) -> dict[str, Config]:
-    """A configuration per set of data: it is tokenised here, once, before many do it at a time."""
-    return {_data(cell): cell.config for cell in cells if cell.config.task is Task.pretrain}
+    return f"{cell.config.data} {cell.config.checkpoint}"
 
 
 def _makes_sense(cell: Cell, data: Prepared, console: Console) -> bool:
     """Whether there is something to do in the run's folder; if it is to begin afresh, what is there goes aside now.
 
     Raises:
-        UserError: what is there is on other data, or somebody is at it.
+        UserError: what is there is on other data.
     """
-    if cell.state() is State.running:
-        raise UserError(f"{cell.run_dir} is in use by another process; wait, stop it, or choose another hydra.run.dir")
     decision = runs.decide(cell.run_dir, cell.config, data)
     if decision.aside:
         os.rename(cell.run_dir, decision.aside)

@@ -99,7 +99,9 @@ def _results_are_there(cell: Cell, master: DictConfig) -> None:
     """A sweeper that chooses by results must get them."""
     chooses = not str(master.hydra.sweeper._target_).endswith("GridSweeper")
     if chooses and not (cell.config.cluster.wait and cell.config.cluster.kind is ClusterKind.slurm):
-        raise UserError.of(["this search chooses by results, so it has to wait for them: cluster=slurm cluster.wait=true"])
+        raise UserError.of(
+            ["this search chooses by results, so it has to wait for them: cluster=slurm cluster.wait=true"]
+        )
 
 
 def _prepare(cells: list[Cell], console: Console) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from gpt.config import Resume, UserError
 from gpt.config_cluster import Cluster, ClusterKind
 from gpt.console import Console
 from gpt.files import Lock
+from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell, State
-from gpt.grid.folder import Folder
+from gpt.grid.folder import STOPPED, Folder
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
 from launchers import slurm
@@ -64,48 +66,62 @@ def scripts(cells: Sequence[Cell], folder: Folder, *, array: bool) -> list[tuple
 
 
 def run(
-    cells: Sequence[Cell], folder: Folder, command: list[str], console: Console, *, array: bool = True
-) -> dict[str, int]:
-    """Submit what is left; returns the exit codes that are known: of what is done, and of all that was waited for.
+    cells: Sequence[Cell],
+    folder: Folder,
+    command: list[str],
+    console: Console,
+    *,
+    wanted: Callable[[Cell], bool] = lambda cell: True,
+    array: bool = True,
+) -> dict[str, Outcome]:
+    """Submit what is left; returns what has become of each cell, by name.
 
     Args:
-        cells: as the nodes will run them are frozen; their settings say what to ask of Slurm.
+        cells: as the command composed them.
         folder: of the grid, or of a single run's submissions.
         command: for the record.
         console: to print on.
+        wanted: asked about each cell that is to be submitted; may move aside what is in its way.
         array: one job per shape of cells, also if there is one cell.
 
     Raises:
         UserError: Slurm refuses; nothing was submitted.
         JobFailed: who waited was interrupted; the jobs go on.
     """
-    codes: dict[str, int] = {}
+    outcomes = {cell.name: Outcome() for cell in cells}
     lock = Lock(Path(tempfile.gettempdir(), f"gpt-submit-{os.getuid()}.lock"))
     if not lock.acquire(patience=slurm.SECONDS):
         raise UserError("another command of yours has been submitting for a minute; try again when it is done")
     try:
         there = {(each.run_dir, each.name): each for each in slurm.queue()}
-        left, watched = [], []
+        last, left, watched = folder.last_events(), [], []
         for cell in cells:
-            queued, label = there.get((cell.run_dir.resolve(), cell.name)), _label(cell)
+            queued, outcome = there.get((cell.run_dir.resolve(), cell.name)), outcomes[cell.name]
+            outcome.before = State.running if queued else folder.state(cell, last.get(cell.name, {}))
             if queued:
                 watched.append(Submitted(cell, queued.number, Folder(queued.folder)))
-                console.note(f"in the queue already: {label}: job {queued.number}, {queued.state}")
-            elif (state := cell.state()) is State.done:
-                codes[cell.name] = 0
-                console.note(f"done before: {label}")
-            elif state is State.running:
-                console.note(f"running elsewhere: {label}")
-            else:
+                console.note(f"in the queue already: {_label(cell)}: job {queued.number}, {queued.state}")
+                outcome.state = "elsewhere"
+            elif outcome.before is State.done and array:  # a single command is told how to go on
+                console.note(f"done before: {_label(cell)}")
+                outcome.state = "done before"
+            elif outcome.before is State.running:
+                console.note(f"running elsewhere: {_label(cell)}")
+                outcome.state = "elsewhere"
+            elif wanted(cell):
                 left.append(cell)
-        watched += _submit(left, folder, command, console, array=array)
+            else:
+                outcome.state = "done before"
+        for each in _submit(left, folder, command, console, array=array):
+            watched.append(each)
+            outcomes[each.cell.name].state = "submitted"
     finally:
         lock.release()
     if watched and cells[0].config.cluster.wait:
-        codes |= _wait(watched, console)
+        _wait(watched, outcomes, console)
     elif watched:
         _say_where(watched, folder, console, array=array)
-    return codes
+    return outcomes
 
 
 def _submit(
@@ -141,7 +157,7 @@ def on_a_node(cell: Cell) -> Cell:
 
 
 def _label(cell: Cell) -> str:
-    return f"{cell.name}  {' '.join(cell.differs)}".rstrip()
+    return f"{cell.label}  ({cell.name})" if cell.differs else cell.name
 
 
 def _numbers(watched: Sequence[Submitted]) -> list[str]:
@@ -167,10 +183,9 @@ def _short(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _wait(watched: Sequence[Submitted], console: Console) -> dict[str, int]:
+def _wait(watched: Sequence[Submitted], outcomes: dict[str, Outcome], console: Console) -> None:
     """Until none of them is in the queue; a line per change of state."""
-    numbers = _numbers(watched)
-    left, states, codes = list(watched), {each.number: "" for each in watched}, {}
+    left, states = list(watched), {each.number: "" for each in watched}
     try:
         for pause in _pauses():
             now = {each.number: each for each in slurm.queue()}
@@ -181,14 +196,14 @@ def _wait(watched: Sequence[Submitted], console: Console) -> dict[str, int]:
                 states[each.number] = state
                 if not state:
                     left.remove(each)
-                    codes[each.cell.name] = _ended(each, console)
+                    _ended(each, outcomes[each.cell.name], console)
             if not left:
-                return codes
+                return
             time.sleep(pause)
     except KeyboardInterrupt:
-        said = f"no longer waiting; the jobs go on. The same command waits again; scancel {' '.join(numbers)} ends them"
+        ids = " ".join(_numbers(watched))
+        said = f"no longer waiting; the jobs go on. The same command waits again; scancel {ids} ends them"
         raise JobFailed(said, STOPPED_BY_USER) from None
-    raise AssertionError
 
 
 def _pauses() -> Iterator[float]:
@@ -198,21 +213,24 @@ def _pauses() -> Iterator[float]:
         pause = min(LAST_POLL, 1.2 * pause)
 
 
-def _ended(each: Submitted, console: Console) -> int:
-    """The exit code of a job that has left the queue, as its script noted it."""
-    ends = [
-        event
-        for event in each.folder.events()
-        if event["cell"] == each.cell.name and event.get("job") == each.number and event["event"] == "ended"
-    ]
+def _ended(each: Submitted, outcome: Outcome, console: Console) -> None:
+    """What has become of a job that has left the queue, as its script noted it."""
+    ours = [e for e in each.folder.events() if e["cell"] == each.cell.name and e.get("job") == each.number]
+    begins = [event["time"] for event in ours if event["event"] == "started"]
+    ends = [event for event in ours if event["event"] == "ended"]
     label = f"{each.number}  {_label(each.cell)}"
-    if not ends:
-        console.note(f"left the queue without an exit code (scancel, or its node broke): {label}")
-        return FAILED
-    code = int(ends[-1]["code"])
-    console.note(f"ended with {code}: {label}")
-    if code:
-        log = each.folder.log(each.cell.name)
+    if not begins:
+        outcome.state, outcome.code = "stopped", 128 + signal.SIGTERM
+        console.note(f"stopped before it began (scancel): {label}")
+        return
+    outcome.code = int(ends[-1]["code"]) if len(ends) == len(begins) else FAILED
+    outcome.seconds = sum(end["time"] - begin for begin, end in zip(begins, ends, strict=False))
+    outcome.state = "done" if outcome.code == 0 else "stopped" if outcome.code in STOPPED else "failed"
+    if len(ends) < len(begins):
+        console.note(f"failed without an exit code (its node, or the shell of its script, was ended): {label}")
+        return
+    console.note(f"{outcome.state} with {outcome.code}: {label}")
+    log = each.folder.log(each.cell.name)
+    if outcome.state == "failed" and log.exists():
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN_LINES:]:
             console.note(f"  | {line}")
-    return code
