@@ -300,15 +300,8 @@ def test_a_dry_run_shows_the_script_without_slurm_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
 
 
-def test_every_host_is_told_its_own_command(small: list[str]) -> None:
-    overrides = [
-        *small,
-        "cluster=nodes",
-        "cluster.hosts=[a,b]",
-        "cluster.device=cpu",
-        "parallel=dp8",
-        "notes=two words",
-    ]
+def test_every_host_is_told_its_own_command() -> None:
+    overrides = ["cluster=nodes", "cluster.hosts=[a,b]", "cluster.device=cpu", "parallel=dp8", "notes=two words"]
     found = nodes.commands(cli.job(overrides), overrides, ROOT)
     assert [host for host, _ in found] == ["a", "b"]
     for rank, (_, command) in enumerate(found):
