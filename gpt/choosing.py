@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gpt import trained
 from gpt.config import Config, Device, Parallel, Task, UserError, accumulate_steps, global_batch_size, micro_batch_size
+from gpt.config_cluster import ClusterKind
 from gpt.config_plan import DeviceSpec
 from gpt.console import Console
 from gpt.files import conf_dir
@@ -268,6 +269,8 @@ def _ground(config: Config) -> Ground:
     asked = config.plan.devices
     if asked is not None:
         return Ground(asked, True, of(asked), device)
+    if (each := config.cluster.per_node) and config.cluster.kind is not ClusterKind.local:
+        return Ground(each, False, f"{of(each)} (a node of the cluster; plan.devices=N says otherwise)", device)
     if role.starter:
         count = role.world * (here if role.spread and gpu else 1)
         return Ground(count, True, f"{of(count)}, as {role.starter} started", device)

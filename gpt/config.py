@@ -13,6 +13,8 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from gpt.config_cluster import Cluster
+from gpt.config_cluster import Device as Device  # noqa: PLC0414  # so that it can be had from here as well
 from gpt.config_evaluate import Evaluate
 from gpt.config_grid import Grid, Optuna, Report
 from gpt.config_plan import DeviceSpec, Plan
@@ -100,20 +102,6 @@ class Resume(Enum):
     auto = "auto"
     never = "never"
     must = "must"
-
-
-class Device(Enum):
-    """Where the ranks compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    gpu = "gpu"
-
-
-class ClusterKind(Enum):
-    """What starts a job's processes."""
-
-    local = "local"  # this host, now
 
 
 class WandbMode(Enum):
@@ -254,16 +242,6 @@ class Logger:
 
 
 @dataclass
-class Cluster:
-    """The machine."""
-
-    kind: ClusterKind = MISSING
-    device: Device = MISSING
-    threads: int | None = None
-    hang_seconds: int = 0  # without progress of any rank until the job counts as stuck; 0: never
-
-
-@dataclass
 class Config:
     """One job, whole."""
 
@@ -272,6 +250,7 @@ class Config:
     tags: list[str] = MISSING
     notes: str = MISSING
     yes: bool = False  # what a terminal would be asked is granted
+    dry_run: bool = False  # show what a cluster would be told
     checkpoint: str | None = None  # a run, or one of its checkpoints; None: the run of this configuration
     prompt: str = MISSING  # what ``generate.prompt`` is unless it is given itself
     model: Model = field(default_factory=Model)

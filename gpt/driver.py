@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt import choosing, evaluation, plan, planning, provenance, rules, runs, trained, wandb_run
+from gpt import choosing, evaluation, plan, planning, provenance, rules, rules_cluster, runs, trained, wandb_run
 from gpt.config import Config, Device, Task, UserError, world_size
+from gpt.config_cluster import ClusterKind
 from gpt.config_text import Split
 from gpt.console import Console
 from gpt.data import corpus, vocabularies
@@ -23,7 +24,7 @@ from gpt.plan import devices
 from gpt.runs import Job
 from gpt.text import listen, prompts
 from gpt.weights import exporting, importing
-from launchers import group, host
+from launchers import group, host, slurm
 
 WITHOUT_RANKS = {Task.prepare: build.check, Task.import_weights: importing.check, Task.report: report.check}
 
@@ -39,16 +40,15 @@ def gate(config: Config, run_dir: Path, data_problems: Callable[[Config], list[s
     Raises:
         UserError: listing every problem.
     """
-    if config.task is Task.plan:
-        return
+    away = rules_cluster.is_away(config)
+    if config.task is Task.plan or (away and config.cluster.kind is not ClusterKind.slurm):
+        return  # what is printed for other hosts is checked there: their files are not ours
     if config.task in WITHOUT_RANKS:
         if problems := WITHOUT_RANKS[config.task](config):
             raise UserError.of(problems)
         return
     job = trained.job(config, run_dir) if trained.reads_one(config.task) else None
-    role, ranks = group.hub().role, world_size(config)
-    problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
-    problems += host.problems(config, role.here(ranks))
+    problems = slurm.problems(config, group.hub().role, os.environ) if away else _here(config)
     if config.task is Task.pretrain:
         problems += data_problems(config) + runs.conflicts(run_dir, config) + trained.start_problems(config)
     if job and config.task is Task.generate:
@@ -61,6 +61,13 @@ def gate(config: Config, run_dir: Path, data_problems: Callable[[Config], list[s
         problems += exporting.check(config)
     if problems:
         raise UserError.of(problems)
+
+
+def _here(config: Config) -> list[str]:
+    """What keeps the ranks from running on this host, or on those that were started with it."""
+    role, ranks = group.hub().role, world_size(config)
+    problems = role.problems(ranks, dict(plan.summary(config))["ranks"])
+    return problems + host.problems(config, role.here(ranks))
 
 
 def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:

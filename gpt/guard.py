@@ -7,10 +7,12 @@ import math
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 DONE, FAILED, BAD_INPUT, GUARD = 0, 1, 2, 3
 PR_SET_PDEATHSIG = 1
+SAME_SECONDS = 2.0  # Slurm signals every process of a job, and a driver then passes the signal on
 
 
 class GuardError(Exception):
@@ -25,10 +27,12 @@ def die_with_parent(parent: int) -> None:
 
 
 class Signals:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one is obeyed at once."""
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps; a second one is obeyed at once, unless it
+    is the first that came twice."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._since = 0.0
         self.listen()
 
     def listen(self) -> None:
@@ -37,9 +41,10 @@ class Signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._since = signal.Signals(number), time.monotonic()
+        elif number != self.received or time.monotonic() - self._since > SAME_SECONDS:
             sys.exit(128 + number)
-        self.received = signal.Signals(number)
 
     @property
     def exit_code(self) -> int:

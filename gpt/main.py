@@ -18,9 +18,10 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from gpt import cli, driver, ends  # noqa: E402
+from gpt import cli, driver, ends, rules_cluster  # noqa: E402
 from gpt.config import UserError  # noqa: E402
 from gpt.files import conf_dir  # noqa: E402
+from gpt.grid import away  # noqa: E402
 
 cli.register()
 
@@ -34,6 +35,10 @@ def _composed(composed: DictConfig) -> float | None:
     config = cli.checked(composed, hydra_config.runtime.choices, list(hydra_config.overrides.task))
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
+        if rules_cluster.is_away(config):
+            away.single(config, run_dir, list(hydra_config.overrides.task))
+            _remove_if_empty(run_dir)  # shown, not submitted
+            return None
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
     except ends.ERRORS as error:
         if isinstance(error, UserError):

@@ -28,12 +28,14 @@ from gpt.config import (
 )
 from gpt.config_evaluate import Detokenizer, EvaluateKind
 from gpt.config_prepare import DocumentRule
+from gpt.rules_cluster import cluster_problems
 from gpt.rules_plan import plan_problems
 from gpt.text.request import Sampling
 
 NO_GROUPS = (
     "seed", "tags", "notes", "checkpoint", "prompt",
-    "yes", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan", "grid", "optuna", "report",
+    "yes", "dry_run", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan", "grid",
+    "optuna", "report",
 )  # fmt: skip
 BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
 
@@ -151,6 +153,7 @@ def rule_problems(config: Config) -> list[str]:
         *_batch(config),
         *_data(config),
         *plan_problems(config),
+        *cluster_problems(config),
         *(_prepare(config) if config.task is Task.prepare else ()),
         *(_serve(config) if config.task is Task.serve else ()),
         *(_evaluate(config) if config.task is Task.evaluate else ()),

@@ -36,7 +36,7 @@ SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
 LAUNCH_ONLY = (
     "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
-    "yes", "grid", "optuna", "report",
+    "yes", "dry_run", "grid", "optuna", "report",
     "logger", "cluster", "device",
     "trainer.resume", "trainer.log_every", "data.cache_dir",
 )  # fmt: skip

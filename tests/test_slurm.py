@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import getpass
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, metrics
+import slurm_host
+from conftest import metrics
 from test_roles import SLURM_ENV
 from test_signals import wait_for
 from test_started import Ranks
 
 from gpt.config import UserError
-from launchers import group, places, roles
+from launchers import group, roles
 from launchers.roles import Role
 
 SCONTROL = """#!/bin/sh
@@ -141,68 +139,11 @@ def test_the_ranks_of_a_task_that_vanished_end_and_are_named(nodes: Ranks) -> No
 
 # --- the real one ---
 
-# Two nodes on this host, without accounting, cgroups, and keys.
-CONF = """ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmUser={user}
-SlurmdUser={user}
-AuthType=auth/none
-CredType=cred/none
-StateSaveLocation={folder}/state
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdPidFile={folder}/slurmd.%n.pid
-SlurmdLogFile={folder}/slurmd.%n.log
-SlurmdSpoolDir={folder}/spool.%n
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
-SwitchType=switch/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SlurmdParameters=config_overrides
-ReturnToService=2
-KillWait=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES State=UP
-"""
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Slurm, running; the environment in which ``srun`` finds it."""
-    if not all(map(shutil.which, ("slurmctld", "slurmd", "srun"))):
-        pytest.skip("needs Slurm's daemons (slurmctld, slurmd)")
-    folder = tmp_path_factory.mktemp("slurm")
-    (folder / "state").mkdir()
-    conf = CONF.format(
-        host=socket.gethostname().partition(".")[0], ports=places.free_ports(3), user=getpass.getuser(), folder=folder
-    )
-    (folder / "slurm.conf").write_text(conf)
-    (folder / "cgroup.conf").write_text("")
-    env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
-    commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
-    daemons = [subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) for command in commands]
-
-    def idle() -> bool:
-        done = subprocess.run(["sinfo", "-h", "-t", "idle", "-o", "%D"], env=env, capture_output=True, check=False)
-        return done.stdout.strip() == b"2"
-
-    try:
-        wait_for(idle)
-        yield env
-        wait_for(idle)  # a step's last process waits for the controller
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(20)
-            daemon.kill()
-            daemon.wait()
+    yield from slurm_host.running(tmp_path_factory.mktemp("slurm"))
 
 
 def srun(cluster: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

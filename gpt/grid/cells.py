@@ -48,10 +48,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What tells it from all others: its run, and for what is not training also the rest of its configuration."""
+        """What tells it from all others: its run, and for what is not training also the rest of its configuration,
+        wherever it is computed."""
         if self.config.task is Task.pretrain:
             return self.run_dir.name
-        text = json.dumps(plain(self.config), sort_keys=True)
+        kept = {key: value for key, value in plain(self.config).items() if key not in ("cluster", "dry_run", "grid")}
+        text = json.dumps(kept, sort_keys=True)
         return f"{self.run_dir.name}_{self.config.task.value}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property

@@ -11,10 +11,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gpt import driver, planning, wandb_run
-from gpt.config import Task
+from gpt import driver, planning, rules_cluster, wandb_run
+from gpt.config import Task, UserError
+from gpt.config_cluster import ClusterKind
 from gpt.console import Console
-from gpt.grid import checks, composing, report, running
+from gpt.grid import away, checks, composing, report, running
 from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder, name_of
@@ -53,19 +54,32 @@ def launch(
     composed = composing.compose(loader, master, all_overrides)
     cells = _once(composed, console)
     checks.together(cells, outputs)
-    _prepare(cells, console)
+    elsewhere = rules_cluster.is_away(cells[0].config)
+    if not elsewhere:
+        _prepare(cells, console)
     arguments = list(master.hydra.overrides.task)
     folder = Folder(outputs / "grids" / (master.grid.name or name(arguments)))
     for cell in cells:
         labelled(cell, folder)
-    # Composed, checked, with data: from here on it matters where the cells run.
+    command = ["python", "-m", "gpt.main", *sys.argv[1:]]
+    # Composed, checked: from here on it matters where the cells run.
     try:
-        outcomes = running.run(cells, folder, ["python", "-m", "gpt.main", *sys.argv[1:]], console, watch, first=first)
+        if elsewhere:
+            _results_are_there(cells[0], master)
+            outcomes = away.grid(cells, folder, command, console)
+        else:
+            outcomes = running.run(cells, folder, command, console, watch, first=first)
     finally:
-        report.after(folder.path, console, show=first)
-        if later := wandb_run.commands(folder.path / "wandb"):
-            console.next_commands(later)
+        if not elsewhere or cells[0].config.cluster.wait:
+            _conclude(folder, console, show=first)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]
+
+
+def _conclude(folder: Folder, console: Console, *, show: bool) -> None:
+    """What a grid leaves, however it ended: its report, and what sends it to W&B."""
+    report.after(folder.path, console, show=show)
+    if later := wandb_run.commands(folder.path / "wandb"):
+        console.next_commands(later)
 
 
 def labelled(cell: Cell, folder: Folder) -> None:
@@ -98,6 +112,15 @@ def _once(cells: list[Cell], console: Console) -> list[Cell]:
             why = "" if len({tuple(cell.overrides) for cell in same}) == 1 else ": they would compute the same"
             console.warn(f"{len(same)} cells are one run, {same[0].name}, which runs once{why} ({names})")
     return [same[0] for same in found.values()]
+
+
+def _results_are_there(cell: Cell, master: DictConfig) -> None:
+    """A sweeper that chooses by results must get them."""
+    chooses = not str(master.hydra.sweeper._target_).endswith("GridSweeper")
+    if chooses and not (cell.config.cluster.wait and cell.config.cluster.kind is ClusterKind.slurm):
+        raise UserError.of(
+            ["this search chooses by results, so it has to wait for them: cluster=slurm cluster.wait=true"]
+        )
 
 
 def _prepare(cells: list[Cell], console: Console) -> None:

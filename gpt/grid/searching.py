@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gpt import driver, runs
-from gpt.config import ClusterKind, Task, UserError
+from gpt.config import Task, UserError
+from gpt.config_cluster import ClusterKind
 from gpt.console import Console
 from gpt.grid import board, composing, launching, report, study
 from gpt.grid.cells import Cell, State

@@ -1,0 +1,109 @@
+"""Commands for other machines than this one: submitted to Slurm, or shown as what to start there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt import driver, runs
+from gpt.config import Config
+from gpt.config_cluster import ClusterKind
+from gpt.console import Console
+from gpt.data.corpus import Prepared
+from gpt.files import write_atomic
+from gpt.grid import board, submitting
+from gpt.grid.board import Outcome
+from gpt.grid.cells import Cell
+from gpt.grid.folder import Folder
+from gpt.guard import FAILED
+from gpt.launching import JobFailed
+from launchers import kubernetes, nodes
+
+
+def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Console) -> dict[str, Outcome]:
+    """All cells of a grid; returns what has become of each, as far as it is known.
+
+    Raises:
+        UserError: nothing was submitted.
+    """
+    if _shown(cells, folder, console, array=True):
+        return {cell.name: Outcome("shown") for cell in cells}
+    prepared = {_data(cell): cell.config for cell in cells if cell.trains}
+    found = {data: driver.prepared(config, console) for data, config in prepared.items()}
+
+    def wanted(cell: Cell) -> bool:
+        return not cell.trains or _makes_sense(cell, found[_data(cell)], console)
+
+    outcomes = submitting.run(cells, folder, command, console, wanted=wanted)
+    if cells[0].config.cluster.wait:
+        board.closing(console, list(cells), outcomes)
+    return outcomes
+
+
+def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
+    """A command without ``-m``.
+
+    Raises:
+        UserError: nothing was submitted.
+        JobFailed: it was waited for, and ended with another code than 0.
+    """
+    console = Console()
+    cell, folder = Cell(overrides, config, run_dir), Folder(run_dir / "slurm")
+    if _shown([cell], folder, console, array=False):
+        return
+    data = driver.prepared(config, console) if cell.trains else None
+
+    def wanted(cell: Cell) -> bool:
+        return data is None or _makes_sense(cell, data, console)
+
+    command = ["python", "-m", "gpt.main", *overrides]
+    outcome = submitting.run([cell], folder, command, console, wanted=wanted, array=False)[cell.name]
+    if outcome.code:
+        raise JobFailed("", outcome.code if outcome.code > 0 else FAILED)
+
+
+def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bool) -> bool:
+    """Show what is not submitted from here; whether that was all."""
+    config = cells[0].config
+    cluster = config.cluster
+    if cluster.kind is ClusterKind.slurm and not config.dry_run:
+        return False
+    if cluster.kind is ClusterKind.slurm:
+        for _, _, script in submitting.scripts(cells, folder, array=array):
+            console.show(script)
+    elif cluster.kind is ClusterKind.nodes:
+        found = [nodes.commands(cell.config, cell.overrides, Path.cwd()) for cell in cells]
+        console.note("# To be started by you, at the same time, in this folder, which all hosts share:")
+        for number, host in enumerate(cluster.hosts):
+            console.note(f"# {host}")
+            for commands in found:
+                console.note(commands[number][1])
+    else:
+        text = kubernetes.text(kubernetes.manifest(cell.config, cell.name, cell.overrides) for cell in cells)
+        if cluster.output and not config.dry_run:
+            write_atomic(Path(cluster.output), text)
+            console.note(
+                f"{cluster.output}: {len(cells)} PaddleJob(s), not run here; kubectl apply -f {cluster.output}"
+            )
+        else:
+            console.show(text)
+    return True
+
+
+def _data(cell: Cell) -> str:
+    return f"{cell.config.data} {cell.config.checkpoint}"
+
+
+def _makes_sense(cell: Cell, data: Prepared, console: Console) -> bool:
+    """Whether there is something to do in the run's folder; if it is to begin afresh, what is there goes aside now.
+
+    Raises:
+        UserError: what is there is on other data.
+    """
+    decision = runs.decide(cell.run_dir, cell.config, data)
+    if decision.aside:
+        os.rename(cell.run_dir, decision.aside)
+    for message in decision.messages:
+        console.note(message)
+    return decision.start

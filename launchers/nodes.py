@@ -1,0 +1,56 @@
+"""Commands for hosts without a scheduler, one per host, through paddle.distributed.launch. Nothing is started."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from gpt import rules_cluster
+from gpt.config import Config
+from gpt.config_cluster import ClusterKind
+
+ELSEWHERE = ("cluster", "dry_run")  # keys of the command that say where it runs, not what
+HERE = ("device", "threads", "hang_seconds")  # of the section cluster: what each host has to know
+
+
+def overrides(given: Iterable[str], config: Config) -> list[str]:
+    """The command's arguments as a host gets them: without what is only for who prints them.
+
+    Example:
+        >>> from gpt.config import Config
+        >>> overrides(["cluster=nodes", "cluster.hosts=[a,b]", "+cluster.device=cpu", "seed=1"], Config())
+        ['cluster.device=cpu', 'seed=1']
+    """
+    kept = []
+    for override in given:
+        key = override.lstrip("+~").partition("=")[0]
+        section, _, leaf = key.partition(".")
+        if section not in ELSEWHERE:
+            kept.append(override)
+        elif leaf in HERE:
+            kept.append(override.lstrip("+"))
+    if config.cluster.kind is ClusterKind.kubernetes and not any(o.startswith("cluster.device=") for o in kept):
+        kept.append(f"cluster.device={config.cluster.device.value}")
+    return kept
+
+
+def commands(config: Config, given: Iterable[str], cwd: Path) -> list[tuple[str, str]]:
+    """A command for every host.
+
+    Args:
+        config: checked.
+        given: overrides of the command.
+        cwd: the folder in which it is typed, on a file system that the hosts share.
+    """
+    cluster = config.cluster
+    main = Path(__file__).resolve().parent.parent / "gpt" / "main.py"
+    script = str(main.relative_to(cwd) if main.is_relative_to(cwd) else main)
+    ranks, words = rules_cluster.ranks_per_node(config), overrides(given, config)
+    meet = ["--master", f"{cluster.hosts[0]}:{cluster.port}", "--nnodes", str(len(cluster.hosts))]
+    found = []
+    for number, host in enumerate(cluster.hosts):
+        logs = f"outputs/launch/node{number}"  # it writes the environment there: one folder per host
+        launch = [*meet, "--rank", str(number), "--nproc_per_node", str(ranks), "--log_dir", logs]
+        found.append((host, shlex.join(["python", "-m", "paddle.distributed.launch", *launch, script, *words])))
+    return found

@@ -1,0 +1,427 @@
+"""Jobs on a cluster: what is submitted, once, what its script does however it ends, and what is only shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_host
+import yaml
+from conftest import ROOT, Ran, metrics
+from test_signals import wait_for
+
+from gpt import cli, guard, rules_cluster
+from gpt.config import Config, UserError
+from gpt.config_cluster import ClusterKind
+from gpt.console import Console
+from gpt.grid import submitting
+from gpt.grid.cells import Cell
+from gpt.grid.folder import Folder
+from launchers import kubernetes, nodes, slurm
+from launchers.roles import Role
+from launchers.slurm import Batch
+
+SLURM = ["cluster=slurm", "cluster.device=cpu", "cluster.per_node=1"]
+# Stand-ins: sbatch numbers jobs and puts them into the queue, squeue shows it, the others write down what they hear.
+COMMANDS = {
+    "sbatch": """
+if [ "$1" = --test-only ]; then
+grep -q 'partition=nope' && { echo 'sbatch: error: invalid partition' >&2; exit 1; }; exit 0; fi
+number=$(( $(cat number 2>/dev/null || echo 10) + 1 )); echo $number > number
+count=$(sed -n 's/^#SBATCH --array=0-//p' "$2")
+if [ -z "$count" ]; then echo "$number|N/A|PENDING|(None)|$2" >> queue; else
+for i in $(seq 0 $count); do echo "$number|$i|PENDING|(None)|$2" >> queue; done; fi
+echo $number""",
+    "squeue": '[ -e broken ] && { echo "Unable to contact slurm controller" >&2; exit 1; }\ncat queue || :',
+    "scancel": 'echo "$@" >> scancel.log; [ -e step ] && kill -TERM $(cat step); :',
+    "scontrol": 'echo "$@" >> scontrol.log; cat job 2>/dev/null; :',
+    "srun": "exec sh ./step.sh",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a command is typed, with Slurm's commands as stand-ins that keep their files there."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in COMMANDS.items():
+        (programs / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{body}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "queue").write_text("")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cells(small: list[str], *seeds: int, more: tuple[str, ...] = ()) -> list[Cell]:
+    found = []
+    for seed in seeds:
+        overrides = [*small, *SLURM, f"seed={seed}", *more]
+        found.append(Cell(overrides, cli.job(overrides), Path("outputs", f"run{seed}"), [f"seed={seed}"]))
+    return found
+
+
+def submitted(folder: Path) -> list[str]:
+    return (folder / "queue").read_text().splitlines()
+
+
+def result(cell: Cell, status: str) -> None:
+    cell.run_dir.mkdir(parents=True, exist_ok=True)
+    step = cell.config.trainer.max_steps
+    (cell.run_dir / "result.json").write_text(json.dumps({"status": status, "step": step}))
+
+
+def run(grid: list[Cell], **more: Any) -> dict[str, str]:
+    folder = Folder(Path("outputs/grids/g"))
+    outcomes = submitting.run(grid, folder, ["the command"], Console(), **more)
+    return {name: outcome.state for name, outcome in outcomes.items()}
+
+
+# --- once ---
+
+
+def test_the_same_command_submits_only_what_is_neither_queued_nor_done(folder: Path, small: list[str]) -> None:
+    grid = cells(small, 1, 2, 3)
+    assert set(run(grid).values()) == {"submitted"}
+    assert len(submitted(folder)) == 3
+    assert set(run(grid).values()) == {"elsewhere"}
+    assert len(submitted(folder)) == 3
+
+    result(grid[0], "done")
+    result(grid[1], "failed")
+    (folder / "queue").write_text("\n".join(submitted(folder)[2:]) + "\n")  # the first two have left it
+    grown = cells(small, 1, 2, 3, 4)
+    assert run(grown) == {"run1": "done before", "run2": "submitted", "run3": "elsewhere", "run4": "submitted"}
+    last = json.loads((folder / "outputs/grids/g/jobs/0002.json").read_text())
+    assert [each["name"] for each in last] == ["run2", "run4"]
+    assert set(Folder(Path("outputs/grids/g")).read()["cells"]) == {f"run{i}" for i in (1, 2, 3, 4)}
+
+
+def test_a_run_that_another_grid_or_a_single_command_has_in_the_queue_is_left_to_it(
+    folder: Path, small: list[str]
+) -> None:
+    (cell,) = cells(small, 1)
+    submitting.run([cell], Folder(cell.run_dir / "slurm"), [], Console(), array=False)
+    assert submitted(folder)[0].startswith("11|N/A|")
+    assert run(cells(small, 1, 2)) == {"run1": "elsewhere", "run2": "submitted"}
+
+
+def test_nothing_is_submitted_while_slurm_does_not_answer_or_refuses(folder: Path, small: list[str]) -> None:
+    (folder / "broken").write_text("")
+    with pytest.raises(UserError, match=r"`squeue .*` failed: Unable to contact slurm controller"):
+        run(cells(small, 1))
+    (folder / "broken").unlink()
+    with pytest.raises(UserError, match="`sbatch --test-only` failed: sbatch: error: invalid partition"):
+        run([*cells(small, 1), *cells(small, 2, more=("cluster.partition=nope",))])
+    assert submitted(folder) == []
+    assert not (folder / "outputs").exists()
+
+
+def test_cells_of_another_shape_are_another_array(folder: Path, small: list[str]) -> None:
+    grid = [*cells(small, 1, 2), *cells(small, 3, more=("parallel=dp2",)), *cells(small, 4)]
+    found = submitting.batches(grid, Folder(Path("g")), array=True)
+    assert [batch.names for batch in found] == [("run1", "run2", "run4"), ("run3",)]
+    assert "--nodes=2" in slurm.options(found[1].config)
+
+
+def test_what_is_frozen_is_a_command_for_the_node(folder: Path, small: list[str]) -> None:
+    (cell,) = cells(small, 1, more=("trainer.resume=never", "cluster.threads=3"))
+    run([cell])
+    there = Cell.thaw(folder / "outputs/grids/g/cells/run1.json").config
+    assert there.cluster.kind is ClusterKind.local
+    assert (there.cluster.device, there.cluster.threads, there.trainer.resume.value) == (
+        cell.config.cluster.device, 3, "auto",
+    )  # fmt: skip  # a job that is requeued must not start afresh
+
+
+def test_no_values_of_variables_are_in_what_is_submitted(
+    folder: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "secret-key")
+    run(cells(small, 1, more=("cluster.environment=[PATH,WANDB_API_KEY]",)))
+    for path in (folder / "outputs").rglob("*"):
+        assert path.is_dir() or "secret-key" not in path.read_text()
+    assert "#SBATCH --export=PATH,WANDB_API_KEY\n" in (folder / "outputs/grids/g/jobs/0001.sh").read_text()
+
+
+# --- what the script does ---
+
+
+@pytest.fixture
+def batch(folder: Path, small: list[str]) -> Batch:
+    (folder / "cells").mkdir()
+    return Batch(cli.job([*small, *SLURM, "grid.retries=1"]), ("a", "b"), folder, "gpt-g", True)
+
+
+def start(batch: Batch, step: str) -> subprocess.Popen[bytes]:
+    (batch.folder / "step.sh").write_text(step)
+    text = slurm.script(batch, batch.folder / "jobs" / "0001.sh", batch.folder)
+    env = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
+    return subprocess.Popen(["bash", "-c", text], env={**os.environ, **env})
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return Folder(folder).events()
+
+
+WAITS = "trap 'exit 143' TERM\necho $$ > step\nwhile :; do sleep 0.05; done\n"
+
+
+def test_a_job_ends_as_its_ranks_do_and_says_so(batch: Batch) -> None:
+    assert start(batch, "exit 2").wait(20) == 2
+    assert [(e["event"], e["cell"], e["job"], e.get("code")) for e in events(batch.folder)] == [
+        ("started", "b", "7_1", None), ("ended", "b", "7_1", 2),
+    ]  # fmt: skip
+
+
+def test_what_failed_is_tried_again_as_often_as_is_said(batch: Batch) -> None:
+    assert start(batch, "exit 1").wait(20) == 1
+    assert [e["code"] for e in events(batch.folder) if e["event"] == "ended"] == [1, 1]
+
+
+def test_before_the_time_limit_ranks_are_told_to_save_and_the_job_is_requeued(batch: Batch) -> None:
+    job = start(batch, WAITS)
+    wait_for((batch.folder / "step").exists)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 143
+    assert (batch.folder / "scancel.log").read_text() == "--signal=TERM 9\n"
+    assert (batch.folder / "scontrol.log").read_text() == "requeue 9\n"
+    assert [e["event"] for e in events(batch.folder)] == ["started", "ended", "requeued"]
+
+
+@pytest.mark.parametrize(("about", "told"), [("PreemptTime=None", 1), ("PreemptTime=2026-11-24T17:06:40", 2)])
+def test_a_job_that_is_cancelled_stays_so_and_one_that_is_preempted_comes_again(
+    batch: Batch, about: str, told: int
+) -> None:
+    (batch.folder / "job").write_text(f"JobId=9 {about} SuspendTime=None\n")
+    job = start(batch, WAITS)
+    wait_for((batch.folder / "step").exists)
+    time.sleep(0.1)
+    job.terminate()  # Slurm signals the script and the ranks
+    time.sleep(0.1)
+    assert job.poll() is None  # it stays to see how they end
+    os.kill(int((batch.folder / "step").read_text()), signal.SIGTERM)
+    assert job.wait(20) == 143
+    lines = (batch.folder / "scontrol.log").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["show", "requeue"][:told]
+
+
+def test_a_signal_that_comes_twice_at_once_does_not_keep_a_rank_from_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        signals = guard.Signals()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.exit_code == 143
+        monkeypatch.setattr(guard, "SAME_SECONDS", 0.0)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["cluster=slurm", "cluster.time=30"], r"cluster.time=30: write hours:minutes:seconds"),
+        (
+            ["cluster=slurm", "parallel=dp8", "cluster.per_node=3"],
+            r"8 ranks do not .* cluster.per_node=2 makes 4 nodes",
+        ),
+        (["cluster=slurm", "cluster.device=auto"], r"must know whether to ask for GPUs"),
+        (["cluster=slurm", "cluster.mem=64GB"], r"cluster.mem=64GB: .* written like 64G"),
+        (["cluster=slurm", "cluster.environment=['KEY=1']"], r"names of variables only"),
+        (["cluster=slurm", "cluster.sbatch=[exclusive]"], r"'exclusive' is no option of sbatch"),
+        (["cluster=slurm", "task=serve"], r"task=serve does not go with cluster=slurm"),
+        (["cluster=slurm", "task=generate", "generate.interactive=true"], r"nobody types"),
+        (["cluster.partition=x"], r"goes with cluster=slurm, not with cluster=local"),
+        (["cluster=slurm", "cluster.image=x"], r"goes with cluster=kubernetes"),
+        (["dry_run=true"], r"add cluster=slurm; for this host there is task=plan"),
+        (["cluster=nodes"], r"needs the hosts: cluster.hosts=\[a,b\]"),
+        (["cluster=nodes", "cluster.hosts=[a,b,c]", "parallel=dp2"], r"3 hosts do not make the 2 ranks"),
+        (["cluster=kubernetes"], r"needs an image"),
+    ],
+)
+def test_what_cannot_be_asked_of_a_cluster_is_said_before(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        cli.job(overrides)
+
+
+def test_a_machine_that_cannot_submit_says_so(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = cli.job([*small, *SLURM])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (problem,) = slurm.problems(config, Role(), {})
+    assert "needs sbatch, which is not on this machine" in problem
+    assert slurm.problems(replace(config, dry_run=True), Role(), {}) == []
+    (tmp_path / "sbatch").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    assert slurm.problems(config, Role(), {}) == []
+    assert "inside Slurm's job 12 already" in slurm.problems(config, Role(), {"SLURM_JOB_ID": "12"})[0]
+    assert "once per task" in slurm.problems(config, Role("srun", 0, 2), {})[0]
+
+
+@pytest.mark.parametrize("task", ["plan", "prepare", "report"])
+def test_what_does_not_compute_on_devices_stays_here(task: str) -> None:
+    overrides = [f"task={task}", "prepare.input=x", "prepare.output=y", "cluster=slurm"]
+    assert not rules_cluster.is_away(cli.job(overrides))
+
+
+def test_a_cluster_gives_parallel_auto_the_devices_of_a_node(small: list[str]) -> None:
+    config = cli.job([*small, "parallel=auto", "cluster=slurm", "cluster.device=cpu", "cluster.per_node=4"])
+    assert (rules_cluster.nodes(config), rules_cluster.ranks_per_node(config)) == (1, 4)
+
+
+# --- shown ---
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_the_script_without_slurm_and_leaves_nothing(
+    gpt: Callable[..., Ran], small: list[str], tmp_path: Path
+) -> None:
+    shown = gpt(*small, *SLURM, "parallel=dp2", "dry_run=true", env={"PATH": str(tmp_path / "none")})
+    assert shown.code == 0, shown.all
+    assert shown.out.startswith("#!/bin/bash\n#SBATCH --job-name=gpt-tiny_dp2_")
+    assert subprocess.run(["bash", "-n"], input=shown.out, text=True, check=False).returncode == 0
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_every_host_is_told_its_own_command() -> None:
+    overrides = ["cluster=nodes", "cluster.hosts=[a,b]", "cluster.device=cpu", "parallel=dp8", "notes=two words"]
+    found = nodes.commands(cli.job(overrides), overrides, ROOT)
+    assert [host for host, _ in found] == ["a", "b"]
+    for rank, (_, command) in enumerate(found):
+        assert f"--master a:29500 --nnodes 2 --rank {rank} --nproc_per_node 4 " in command
+        assert " gpt/main.py " in command
+        assert command.endswith(" cluster.device=cpu parallel=dp8 'notes=two words'")
+        assert "cluster=nodes" not in command
+
+
+def manifest(*more: str) -> dict[str, Any]:
+    overrides = ["cluster=kubernetes", "cluster.image=registry/gpt:1", "parallel=dp8", "cluster.per_node=4", *more]
+    config: Config = cli.job(overrides)
+    found: dict[str, Any] = yaml.safe_load(kubernetes.text([kubernetes.manifest(config, "tiny_dp8_0a1b", overrides)]))
+    return found
+
+
+def test_a_manifest_is_what_the_training_operator_takes() -> None:
+    training = pytest.importorskip("kubeflow.training", reason="needs kubeflow-training")
+    import kubernetes.client as core
+
+    def fits(value: Any, kind: str, path: str) -> None:
+        """Against the operator's and Kubernetes' own models, into which its schema was turned: names and types."""
+        if kind.startswith("dict("):
+            for key, each in value.items():
+                fits(each, kind[5:-1].split(", ", 1)[1], f"{path}.{key}")
+        elif kind.startswith("list["):
+            for number, each in enumerate(value):
+                fits(each, kind[5:-1], f"{path}[{number}]")
+        elif kind in ("str", "int", "bool"):
+            assert type(value).__name__ == kind, f"{path}: {value!r} is no {kind}"
+        elif kind != "object":
+            model = getattr(training, kind, None) or getattr(core, kind)
+            attributes = {spelled: name for name, spelled in model.attribute_map.items()}
+            for key, each in value.items():
+                assert key in attributes, f"{path}: {kind} has no {key}"
+                fits(each, model.openapi_types[attributes[key]], f"{path}.{key}")
+            model(**{attributes[key]: each for key, each in value.items()})  # what is required
+
+    made = manifest("cluster.claim=work", "cluster.secret=keys", "cluster.mem=64Gi", "cluster.namespace=ml")
+    fits(made, "KubeflowOrgV1PaddleJob", "job")
+    worker = made["spec"]["paddleReplicaSpecs"]["Worker"]
+    worker["replica"] = worker.pop("replicas")
+    with pytest.raises(AssertionError, match="has no replica"):
+        fits(made, "KubeflowOrgV1PaddleJob", "job")
+
+
+def test_a_manifest_has_a_pod_per_node_and_a_gpu_per_rank() -> None:
+    worker = manifest()["spec"]["paddleReplicaSpecs"]["Worker"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert worker["replicas"] == 2
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
+    assert container["args"] == ["gpt", "parallel=dp8", "cluster.device=gpu"]
+    assert kubernetes.HEAD.startswith("#")
+    assert "not run here" in kubernetes.HEAD
+
+
+# --- the real one ---
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Slurm, running; the environment in which ``sbatch`` finds it."""
+    yield from slurm_host.running(tmp_path_factory.mktemp("slurm"))
+
+
+@pytest.mark.slow
+def test_a_job_that_meets_its_time_limit_goes_on_and_no_step_is_computed_twice(
+    cluster: dict[str, str], gpt: Callable[..., Ran], small: list[str], tmp_path: Path
+) -> None:
+    steps = 400
+    command = [
+        *small,
+        *SLURM,
+        "parallel=dp2",
+        f"trainer.max_steps={steps}",
+        "hydra.run.dir=run",
+        "trainer.eval_every=0",
+    ]
+    env = {"SLURM_CONF": cluster["SLURM_CONF"]}
+
+    def told(*words: str) -> str:
+        return subprocess.run(words, env=cluster, capture_output=True, text=True, check=True).stdout
+
+    first = gpt(*command, env=env)
+    assert first.code == 0, first.all
+    (job,) = {event["job"] for event in events(tmp_path / "run" / "slurm")}
+    assert f"submitted: job {job}" in first.out
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 3, 60)
+    told("scancel", "--batch", "--signal=USR1", job)  # what Slurm does cluster.signal_seconds before the limit
+    wait_for(lambda: events(tmp_path / "run" / "slurm")[-1]["event"] == "requeued", 60)
+    reached = metrics(tmp_path / "run")[-1]["step"]
+    assert reached < steps
+    assert f"in the queue already: run: job {job}" in gpt(*command, env=env).out
+    wait_for(lambda: "PENDING" in told("squeue", "-h", "-o", "%T", "-j", job))
+    told("scontrol", "update", f"JobId={job}", "StartTime=now")  # else two minutes after it left
+    end = gpt(*command, "cluster.wait=true", env=env)
+    assert end.code == 0, end.all
+    assert f"done with 0: {job}  run" in end.out
+    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, steps + 1))
+    assert f"from step {reached} to {steps}" in (tmp_path / "run/slurm/cells/run.log").read_text()
+    assert "this run is done" in gpt(*command, env=env).out
+
+
+@pytest.mark.slow
+def test_a_grid_is_an_array_whose_failures_alone_are_submitted_again(
+    cluster: dict[str, str], gpt: Callable[..., Ran], small: list[str], tmp_path: Path
+) -> None:
+    grid = ["-m", *small, *SLURM, "trainer.max_steps=2", "seed=1,2,3", "grid.name=g", "cluster.wait=true"]
+    env = {"SLURM_CONF": cluster["SLURM_CONF"]}
+    shown = gpt(*grid, "dry_run=true", env=env).out
+    names = shown.partition("cells=(\n")[2].partition(")")[0].split()
+    (tmp_path / "outputs" / names[1]).mkdir(parents=True)
+    (tmp_path / "outputs" / names[1] / "checkpoints").write_text("in the way")
+    first = gpt(*grid, env=env)
+    assert first.code == 1, first.all
+    assert "submitted: job" in first.out
+    assert "3 cells, each 1 node(s) x 1 rank(s)" in first.out
+    assert "1 of 3 cells are not done" in first.err
+    (tmp_path / "outputs" / names[1] / "checkpoints").unlink()
+    again = gpt(*grid, env=env)
+    assert again.code == 0, again.all
+    assert "1 cells, each" in again.out
+    assert all([m["step"] for m in metrics(tmp_path / "outputs" / name)] == [1, 2] for name in names)
