@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, composed
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gpt import cli
 
@@ -34,9 +35,18 @@ def test_a_documented_command_composes(document: str, command: str) -> None:
     words = shlex.split(command.replace("...", "x"))[3:]
     overrides = [w for w in words if not w.startswith("-")]
     if "-m" in words:
-        overrides = [o.split(",")[0] for o in overrides]
+        overrides = [_first(o) for o in overrides]
     overrides = [o for o in overrides if not o.startswith("hydra.")]
     assert cli.examined(*composed(overrides), overrides)[1] == [], command
+
+
+def _first(override: str) -> str:
+    """The first value of a sweep, or the lower end of what is searched."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return override
+    start = getattr(parsed.value(), "start", None)
+    return f"{parsed.key_or_group}={next(parsed.sweep_string_iterator()) if start is None else start}"
 
 
 def test_links_lead_to_files() -> None:
