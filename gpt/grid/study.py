@@ -65,7 +65,7 @@ def split(arguments: Iterable[str], space: Mapping[str, str], loader: Any) -> tu
     typed += parser.parse_overrides([f"{key}={sweep}" for key, sweep in space.items() if key not in named])
     swept = [override for override in typed if override.is_sweep_override()]
     if not swept:
-        remedy = "give one, for example optimizer.lr='tag(log,interval(1e-4,1e-2))', or set optuna.space"
+        remedy = "give one, for example optimizer.lr='tag(log,interval(3e-4,1e-2))', or set optuna.space"
         raise UserError.of([f"hparams=optuna has nothing to search: {remedy}"])
     fixed = [override.input_line or "" for override in typed if not override.is_sweep_override()]
     return {override.get_key_element(): _distribution(override) for override in swept}, fixed
