@@ -13,7 +13,7 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,19 +68,6 @@ def layout(parallel: Parallel) -> str:
     words += [f"pp{parallel.pp_degree}"] if parallel.pp_degree > 1 else []
     words += [f"virtual{parallel.virtual_pp_degree}"] if parallel.virtual_pp_degree > 1 else []
     return "_".join(words) or "single"
-
-
-def name_of(differs: Sequence[str]) -> str | None:
-    """A name from the overrides that tell a cell from the others of its grid; None if there are none.
-
-    Example:
-        >>> name_of(["optimizer.lr=0.001", "seed=2"]), name_of(["model.dropout=0", "model.attention_dropout=0.1"])
-        ('lr=0.001 seed=2', 'dropout=0 attention_dropout=0.1')
-    """
-    pairs = [override.lstrip("+~").partition("=") for override in differs]
-    last = [key.rsplit(".", 1)[-1] for key, _, _ in pairs]
-    shown = [word if last.count(word) == 1 else key for word, (key, _, _) in zip(last, pairs, strict=True)]
-    return " ".join(f"{key}={value}" for key, (_, _, value) in zip(shown, pairs, strict=True)) or None
 
 
 def about(job: Job) -> dict[str, Any]:

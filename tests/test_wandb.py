@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, composed, configured, wandb_records
+from omegaconf import OmegaConf
 
 from gpt import wandb_run
 from gpt.data.corpus import Part, Prepared
@@ -166,6 +167,45 @@ def test_a_run_carries_what_it_is_found_and_grouped_by(tmp_path: Path, wandb: Fa
 def test_a_layout_is_called_as_its_preset(preset: str) -> None:
     parallel = composed([f"parallel={preset}"])[0].parallel
     assert wandb_run.layout(parallel).startswith(preset)  # sharding16 is stage 2, which it does not say
+
+
+def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpt.grid import composing, launching
+    from gpt.grid.cells import Cell
+
+    seeds = [f"seed={n}" for n in (1, 2)]
+    cells = [Cell([seed], configured([seed]), tmp_path / seed, ["optimizer.lr=0.001", seed]) for seed in seeds]
+    cells[1].config.logger.wandb.name = "mine"
+    monkeypatch.setattr(composing, "compose", lambda *_: cells)
+    monkeypatch.setattr(launching, "_prepare", lambda *_: None)
+
+    def run(cells: list[Cell], *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt  # nothing is to be started here
+
+    monkeypatch.setattr("gpt.grid.running.run", run)
+    master = OmegaConf.create(
+        {
+            "task": "pretrain",
+            "grid": {"name": "study"},
+            "hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"task": ["seed=1,2"]}},
+        }
+    )
+    with pytest.raises(KeyboardInterrupt):
+        launching.launch(None, master, [[seed] for seed in seeds])
+    there = [cell.config.logger.wandb for cell in cells]
+    assert [each.group for each in there] == ["study", "study"]
+    assert [each.name for each in there] == ["lr=0.001 seed=1", "mine"]
+    assert {each.links for each in there} == {str(tmp_path / "grids" / "study" / "wandb")}
+
+
+def test_a_job_names_the_manifests_of_its_data(tmp_path: Path) -> None:
+    (tmp_path / "a_manifest.json").write_text("{}")
+    data = Prepared([Part(f"{tmp_path}/a", 1.0), Part(f"{tmp_path}/b", 1.0)], "f", None, None, None, 100)
+    Job(configured([]), data, tmp_path, ["python"]).write()
+    digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # printf {} | sha256sum
+    assert json.loads((tmp_path / "job.json").read_text())["manifests"] == {f"{tmp_path}/a_manifest.json": digest}
 
 
 # --- one curve ---

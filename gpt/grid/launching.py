@@ -85,7 +85,8 @@ def _conclude(folder: Folder, console: Console, *, show: bool) -> None:
 def labelled(cell: Cell, folder: Folder) -> None:
     """What W&B calls a cell, and the grid that it is of."""
     wandb = cell.config.logger.wandb
-    wandb.group, wandb.name = wandb.group or folder.path.name, wandb.name or wandb_run.name_of(cell.differs)
+    wandb.group = wandb.group or folder.path.name
+    wandb.name = wandb.name or (cell.label if cell.differs else None)
     wandb.links = wandb.links or str((folder.path / "wandb").resolve())
 
 
