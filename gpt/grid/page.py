@@ -104,26 +104,16 @@ def _result(summary: Summary, home: Path) -> str:
     tiles = [("runs", str(len(summary.rows)), ", ".join(f"{count} {state}" for state, count in states.most_common()))]
     parts = []
     if summary.best is not None:
-        best = summary.rows[summary.best]
-        tiles.append(
-            (f"best {summary.metric}", shown(summary.metric, best.figures[summary.metric]), label(best, summary.keys))
-        )
-        line = command(best.run)
-        parts = (
-            [
-                _paragraphs(
-                    ["The command of the best run; it goes on with the same run, trainer.resume=never starts afresh:"]
-                ),
-                _command(line),
-            ]
-            if line
-            else []
-        )
-    group = summary.groups[0] if summary.groups else None
-    if group and group.n > 1 and group.sd is not None:
-        tiles.append(
-            (f"best over {group.n} seeds", f"{group.mean:.4f} ± {group.sd:.4f}", "mean and standard deviation")
-        )
+        best, group = summary.rows[summary.best], summary.groups[0]
+        value, line = shown(summary.metric, best.figures[summary.metric]), command(best.run)
+        if group.sd is not None:
+            mean, keys = f"{group.mean:.4f} ± {group.sd:.4f}", [key for key in summary.keys if key != "seed"]
+            tiles.append((f"best {summary.metric}, mean of {group.n} seeds", mean, label(best, keys)))
+            tiles.append(("its best run", value, f"seed={text(best.keys.get('seed'))}"))
+        else:
+            tiles.append((f"best {summary.metric}", value, label(best, summary.keys)))
+        words = "The command of the best run; it goes on with the same run, trainer.resume=never starts afresh:"
+        parts = [_paragraphs([words]), _command(line)] if line else []
     if summary.spread:
         tiles.append(("difference worth believing", f"{summary.spread.difference:.4f}", "or more, between any two"))
     flops = sum(row.figures["flops"] or 0 for row in summary.rows)
@@ -149,9 +139,10 @@ def _runs(summary: Summary, home: Path) -> str:
     header = [(NAMES.get(name, name), True) for name in figures]
     header[1:1] = [*_key_header(summary.rows, summary.keys), ("state", False)]
     header.append(("run", False))
+    best = summary.groups[0].counted if summary.groups else []  # all seeds of the best configuration
     rows = []
     for number, row in enumerate(summary.rows):
-        mark = "<b class=mark>best</b> " if number == summary.best else ""
+        mark = "<b class=mark>best</b> " if number in best else ""
         cells = []
         for name in figures:
             value, lead = row.figures[name], mark if name == summary.metric else ""

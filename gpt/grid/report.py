@@ -111,7 +111,7 @@ def sum_up(found: Summary, home: Path, console: Console) -> None:
         console.note(line)
     console.note(f"written: {home / FILES[0]}, {FILES[1]}, {FILES[2]}")
     if found.best is not None and (line := summary.command(found.rows[found.best].run)):
-        console.next_commands([(line, "the best run again; trainer.resume=never starts it afresh")])
+        console.next_commands([(line, "the best of the best configuration; trainer.resume=never starts it afresh")])
 
 
 def _places(config: Config) -> tuple[Path, Path]:
