@@ -18,7 +18,7 @@ from gpt.files import write_atomic
 from gpt.grid import curves
 from gpt.grid.gather import BAD, STATES, tail
 from gpt.grid.seeds import Group
-from gpt.grid.summary import Row, Summary, command, figures_of, label, shown, text, verdict
+from gpt.grid.summary import Row, Summary, brief, command, figures_of, label, shown, text, verdict
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"tokens_per_second": "tokens/s", "mfu": "MFU", "flops": "FLOPs", "seconds": "time", "step": "steps"}
@@ -87,10 +87,10 @@ def _table(header: list[tuple[str, bool]], rows: list[str], more: str = "") -> s
 def _key_cells(row: Row, keys: list[str]) -> str:
     cells = []
     for key in keys:
-        words = text(row.keys[key])
+        words = brief(row.keys[key])
         number = isinstance(row.keys[key], int | float)
         kind = "n" if number else "long" if len(words) > 30 else ""
-        cells.append(f'<td{f" class={kind}" if kind else ""} title="{_text(words)}">{_text(words)}</td>')
+        cells.append(f'<td{f" class={kind}" if kind else ""} title="{_text(text(row.keys[key]))}">{_text(words)}</td>')
     return "".join(cells)
 
 

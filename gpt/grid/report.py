@@ -77,7 +77,7 @@ def show(found: Summary, home: Path, console: Console) -> None:
     rows = [
         (
             row.run.state,
-            *(summary.text(row.keys[key]) for key in found.keys),
+            *(summary.brief(row.keys[key]) for key in found.keys),
             *(summary.shown(name, row.figures[name]) for name in figures),
         )
         for row in found.rows
@@ -98,7 +98,7 @@ def sum_up(found: Summary, home: Path, console: Console) -> None:
             (*keys, "seeds", f"mean {found.metric}", "sd", "verdict"),
             [
                 (
-                    *(summary.text(found.rows[group.runs[0]].keys[key]) for key in keys),
+                    *(summary.brief(found.rows[group.runs[0]].keys[key]) for key in keys),
                     str(group.n),
                     f"{group.mean:.4f}",
                     "" if group.sd is None else f"{group.sd:.4f}",

@@ -166,7 +166,7 @@ def command(run: Run) -> str:
 
 def label(row: Row, keys: list[str]) -> str:
     """The row in the words of a command; its name where nothing differs."""
-    return " ".join(f"{key}={text(row.keys[key])}" for key in keys if row.keys[key] is not None) or row.run.name
+    return " ".join(f"{key}={brief(row.keys[key])}" for key in keys if row.keys[key] is not None) or row.run.name
 
 
 def text(value: Any) -> str:
@@ -179,6 +179,16 @@ def text(value: Any) -> str:
     if isinstance(value, float) and float(format(value, "g")) == value:
         return format(value, "g")
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def brief(value: Any) -> str:
+    """The same for people, who do not read sixteen digits.
+
+    Example:
+        >>> brief(0.0031622776601683794), brief(512)
+        ('0.003162', '512')
+    """
+    return format(value, ".4g") if isinstance(value, float) else text(value)
 
 
 def shown(name: str, value: float | None) -> str:
