@@ -110,7 +110,8 @@ def sum_up(found: Summary, home: Path, console: Console) -> None:
     for line in summary.verdict(found):
         console.note(line)
     console.note(f"written: {home / FILES[0]}, {FILES[1]}, {FILES[2]}")
-    if found.best is not None and (line := summary.command(found.rows[found.best].run)):
+    best = None if found.best is None else found.rows[found.best].run
+    if best and best.state == "done" and (line := summary.command(best)):
         console.next_commands([(line, "the best of the best configuration; trainer.resume=never starts it afresh")])
 
 

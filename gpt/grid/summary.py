@@ -220,21 +220,21 @@ def verdict(summary: Summary) -> list[str]:
     if not compared:
         return [f"Nothing can be compared: no run has a {summary.metric}."]
     keys = [key for key in summary.keys if key != "seed"]
+    done = any(row.run.state == "done" for row in summary.rows)
+    lead = [] if done else ["No run is done; those that came furthest are compared."]
     if summary.spread is None:
-        return [
-            "Every configuration has one seed: how much of a difference is luck cannot be said. "
-            "Add seed=1,2,3 to the command of the grid."
-        ]
+        remedy = " Add seed=1,2,3 to the command of the grid." if done else ""
+        return [*lead, f"No configuration has two seeds: how much of a difference is luck cannot be said.{remedy}"]
     s, same = summary.spread, [group for group in compared if group.verdict == "same"]
     luck = f"Standard deviation over seeds {s.sd:.4f}, {s.freedom} degrees of freedom."
     if len(compared) == 1:
-        return [
-            f"Smallest difference worth believing: {s.pair:.4f} from another with {s.n} seeds (Student's t). {luck}"
-        ]
+        one = f"Smallest difference worth believing: {s.pair:.4f} from another with {s.n} seeds (Student's t)."
+        return [*lead, f"{one} {luck}"]
     lines = [
+        *lead,
         f"Smallest difference worth believing: {s.difference:.4f} between any two of {s.groups} "
         f"with {s.n} seeds each (Tukey, 95 %), {s.pair:.4f} between two that were chosen beforehand (Student's t). "
-        f"{luck}"
+        f"{luck}",
     ]
     names = ", ".join(label(summary.rows[group.runs[0]], keys) for group in same[:5])
     more = f" and {len(same) - 5} more" if len(same) > 5 else ""
