@@ -179,8 +179,10 @@ def test_a_run_that_is_not_done_is_not_the_best_while_another_is(tmp_path: Path)
 def test_while_no_run_is_done_those_that_came_furthest_are_compared(tmp_path: Path) -> None:
     for name, seed, steps in (("a", 1, 20), ("b", 2, 30), ("c", 3, 30)):
         run_folder(tmp_path / name, {"seed": seed}, curve(3.0 + seed)[:steps], result=None)
-    (group,) = summary.summarise(gather.find(tmp_path)).groups
+    found = summary.summarise(gather.find(tmp_path))
+    (group,) = found.groups
     assert sorted(group.seeds) == [2, 3]
+    assert summary.verdict(found)[0] == "No run is done; those that came furthest are compared."
 
 
 # ---- seeds ----

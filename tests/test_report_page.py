@@ -145,6 +145,14 @@ def test_the_script_gets_every_curve_and_the_table_every_run(pages: Page) -> Non
     assert pages.data["sizes"] is None
 
 
+def test_values_have_few_digits_unless_they_would_be_the_same(tmp_path: Path) -> None:
+    for name, lr, eps in (("a", 0.0031622776, 1.00001e-8), ("b", 0.0131622776, 1.00002e-8)):
+        run_folder(tmp_path / name, {"optimizer.lr": lr, "optimizer.eps": eps}, curve(3.0))
+    report.write(tmp_path, tmp_path)
+    keys = {key["name"]: key["values"] for key in Page((tmp_path / "report.html").read_text()).data["keys"]}
+    assert keys == {"optimizer.lr": ["0.003162", "0.01316"], "optimizer.eps": ["1.00001e-08", "1.00002e-08"]}
+
+
 def test_names_in_the_script_are_names_on_the_page(pages: Page) -> None:
     ids = {attrs["id"] for _, attrs in pages.seen if attrs.get("id")}
     wanted = set(re.findall(r'\$\("#([\w-]+)', pages.scripts[1])) - {"compute"}  # two sizes have that picture

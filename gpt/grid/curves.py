@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gpt.grid.gather import Array, Run
 from gpt.grid.sizes import Point
-from gpt.grid.summary import Summary, text
+from gpt.grid.summary import Summary, brief, text
 
 POINTS = 120_000  # on the page; a run gets its share
 MOST, LEAST = 400, 60  # of one curve
@@ -91,8 +91,10 @@ def data(summary: Summary) -> dict[str, Any]:
     keys, numbers = [], {}
     for name, column in values.items():
         words, ordered = _values(column)
-        keys.append({"name": name, "values": words, "ordered": ordered})
         numbers[name] = [words.index(text(value)) for value in column]
+        short = [brief(float(word)) if ordered and "." in word else word for word in words]
+        distinct = len(set(short)) == len(words)
+        keys.append({"name": name, "values": short if distinct else words, "ordered": ordered})
     points = share(len(summary.rows))
     runs = []
     for i, row in enumerate(summary.rows):

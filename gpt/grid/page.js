@@ -244,6 +244,12 @@ all("button.copy").forEach((button) => {
     setTimeout(() => (button.textContent = "copy"), 1500);
   };
 });
+// The reason stands at the end of a log.
+all("details").forEach((box) => {
+  const end = () => all("pre", box).forEach((pre) => (pre.scrollTop = pre.scrollHeight));
+  box.addEventListener("toggle", end);
+  end();
+});
 $("#theme").hidden = false;
 $("#theme").onclick = () => {
   document.documentElement.dataset.theme = dark() ? "light" : "dark";

@@ -18,7 +18,7 @@ from gpt.files import write_atomic
 from gpt.grid import curves
 from gpt.grid.gather import BAD, STATES, tail
 from gpt.grid.seeds import Group
-from gpt.grid.summary import Row, Summary, command, figures_of, label, shown, text, verdict
+from gpt.grid.summary import Row, Summary, brief, command, figures_of, label, shown, text, verdict
 
 HERE = Path(__file__).resolve().parent
 NAMES = {"tokens_per_second": "tokens/s", "mfu": "MFU", "flops": "FLOPs", "seconds": "time", "step": "steps"}
@@ -87,10 +87,10 @@ def _table(header: list[tuple[str, bool]], rows: list[str], more: str = "") -> s
 def _key_cells(row: Row, keys: list[str]) -> str:
     cells = []
     for key in keys:
-        words = text(row.keys[key])
+        words = brief(row.keys[key])
         number = isinstance(row.keys[key], int | float)
         kind = "n" if number else "long" if len(words) > 30 else ""
-        cells.append(f'<td{f" class={kind}" if kind else ""} title="{_text(words)}">{_text(words)}</td>')
+        cells.append(f'<td{f" class={kind}" if kind else ""} title="{_text(text(row.keys[key]))}">{_text(words)}</td>')
     return "".join(cells)
 
 
@@ -104,26 +104,16 @@ def _result(summary: Summary, home: Path) -> str:
     tiles = [("runs", str(len(summary.rows)), ", ".join(f"{count} {state}" for state, count in states.most_common()))]
     parts = []
     if summary.best is not None:
-        best = summary.rows[summary.best]
-        tiles.append(
-            (f"best {summary.metric}", shown(summary.metric, best.figures[summary.metric]), label(best, summary.keys))
-        )
-        line = command(best.run)
-        parts = (
-            [
-                _paragraphs(
-                    ["The command of the best run; it goes on with the same run, trainer.resume=never starts afresh:"]
-                ),
-                _command(line),
-            ]
-            if line
-            else []
-        )
-    group = summary.groups[0] if summary.groups else None
-    if group and group.n > 1 and group.sd is not None:
-        tiles.append(
-            (f"best over {group.n} seeds", f"{group.mean:.4f} ± {group.sd:.4f}", "mean and standard deviation")
-        )
+        best, group = summary.rows[summary.best], summary.groups[0]
+        value, line = shown(summary.metric, best.figures[summary.metric]), command(best.run)
+        if group.sd is not None:
+            mean, keys = f"{group.mean:.4f} ± {group.sd:.4f}", [key for key in summary.keys if key != "seed"]
+            tiles.append((f"best {summary.metric}, mean of {group.n} seeds", mean, label(best, keys)))
+            tiles.append(("its best run", value, f"seed={text(best.keys.get('seed'))}"))
+        else:
+            tiles.append((f"best {summary.metric}", value, label(best, summary.keys)))
+        words = "The command of the best run; it goes on with the same run, trainer.resume=never starts afresh:"
+        parts = [_paragraphs([words]), _command(line)] if line else []
     if summary.spread:
         tiles.append(("difference worth believing", f"{summary.spread.difference:.4f}", "or more, between any two"))
     flops = sum(row.figures["flops"] or 0 for row in summary.rows)
@@ -149,9 +139,10 @@ def _runs(summary: Summary, home: Path) -> str:
     header = [(NAMES.get(name, name), True) for name in figures]
     header[1:1] = [*_key_header(summary.rows, summary.keys), ("state", False)]
     header.append(("run", False))
+    best = summary.groups[0].counted if summary.groups else []  # all seeds of the best configuration
     rows = []
     for number, row in enumerate(summary.rows):
-        mark = "<b class=mark>best</b> " if number == summary.best else ""
+        mark = "<b class=mark>best</b> " if number in best else ""
         cells = []
         for name in figures:
             value, lead = row.figures[name], mark if name == summary.metric else ""

@@ -77,7 +77,7 @@ def show(found: Summary, home: Path, console: Console) -> None:
     rows = [
         (
             row.run.state,
-            *(summary.text(row.keys[key]) for key in found.keys),
+            *(summary.brief(row.keys[key]) for key in found.keys),
             *(summary.shown(name, row.figures[name]) for name in figures),
         )
         for row in found.rows
@@ -98,7 +98,7 @@ def sum_up(found: Summary, home: Path, console: Console) -> None:
             (*keys, "seeds", f"mean {found.metric}", "sd", "verdict"),
             [
                 (
-                    *(summary.text(found.rows[group.runs[0]].keys[key]) for key in keys),
+                    *(summary.brief(found.rows[group.runs[0]].keys[key]) for key in keys),
                     str(group.n),
                     f"{group.mean:.4f}",
                     "" if group.sd is None else f"{group.sd:.4f}",
@@ -110,8 +110,9 @@ def sum_up(found: Summary, home: Path, console: Console) -> None:
     for line in summary.verdict(found):
         console.note(line)
     console.note(f"written: {home / FILES[0]}, {FILES[1]}, {FILES[2]}")
-    if found.best is not None and (line := summary.command(found.rows[found.best].run)):
-        console.next_commands([(line, "the best run again; trainer.resume=never starts it afresh")])
+    best = None if found.best is None else found.rows[found.best].run
+    if best and best.state == "done" and (line := summary.command(best)):
+        console.next_commands([(line, "the best of the best configuration; trainer.resume=never starts it afresh")])
 
 
 def _places(config: Config) -> tuple[Path, Path]:

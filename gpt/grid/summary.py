@@ -166,7 +166,7 @@ def command(run: Run) -> str:
 
 def label(row: Row, keys: list[str]) -> str:
     """The row in the words of a command; its name where nothing differs."""
-    return " ".join(f"{key}={text(row.keys[key])}" for key in keys if row.keys[key] is not None) or row.run.name
+    return " ".join(f"{key}={brief(row.keys[key])}" for key in keys if row.keys[key] is not None) or row.run.name
 
 
 def text(value: Any) -> str:
@@ -179,6 +179,16 @@ def text(value: Any) -> str:
     if isinstance(value, float) and float(format(value, "g")) == value:
         return format(value, "g")
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def brief(value: Any) -> str:
+    """The same for people, who do not read sixteen digits.
+
+    Example:
+        >>> brief(0.0031622776601683794), brief(512)
+        ('0.003162', '512')
+    """
+    return format(value, ".4g") if isinstance(value, float) else text(value)
 
 
 def shown(name: str, value: float | None) -> str:
@@ -210,21 +220,21 @@ def verdict(summary: Summary) -> list[str]:
     if not compared:
         return [f"Nothing can be compared: no run has a {summary.metric}."]
     keys = [key for key in summary.keys if key != "seed"]
+    done = any(row.run.state == "done" for row in summary.rows)
+    lead = [] if done else ["No run is done; those that came furthest are compared."]
     if summary.spread is None:
-        return [
-            "Every configuration has one seed: how much of a difference is luck cannot be said. "
-            "Add seed=1,2,3 to the command of the grid."
-        ]
+        remedy = " Add seed=1,2,3 to the command of the grid." if done else ""
+        return [*lead, f"No configuration has two seeds: how much of a difference is luck cannot be said.{remedy}"]
     s, same = summary.spread, [group for group in compared if group.verdict == "same"]
     luck = f"Standard deviation over seeds {s.sd:.4f}, {s.freedom} degrees of freedom."
     if len(compared) == 1:
-        return [
-            f"Smallest difference worth believing: {s.pair:.4f} from another with {s.n} seeds (Student's t). {luck}"
-        ]
+        one = f"Smallest difference worth believing: {s.pair:.4f} from another with {s.n} seeds (Student's t)."
+        return [*lead, f"{one} {luck}"]
     lines = [
+        *lead,
         f"Smallest difference worth believing: {s.difference:.4f} between any two of {s.groups} "
         f"with {s.n} seeds each (Tukey, 95 %), {s.pair:.4f} between two that were chosen beforehand (Student's t). "
-        f"{luck}"
+        f"{luck}",
     ]
     names = ", ".join(label(summary.rows[group.runs[0]], keys) for group in same[:5])
     more = f" and {len(same) - 5} more" if len(same) > 5 else ""
