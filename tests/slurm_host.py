@@ -42,6 +42,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
 SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=20
+FirstJobId={first}
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES State=UP
@@ -54,7 +55,12 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
         pytest.skip("needs Slurm's daemons (slurmctld, slurmd)")
     (folder / "state").mkdir()
     conf = CONF.format(
-        host=socket.gethostname().partition(".")[0], ports=places.free_ports(3), user=getpass.getuser(), folder=folder
+        host=socket.gethostname().partition(".")[0],
+        ports=places.free_ports(3),
+        user=getpass.getuser(),
+        folder=folder,
+        first=1000
+        * (1 + os.getpid() % 60000),  # ranks take ports by their job's number: apart from another such cluster
     )
     (folder / "slurm.conf").write_text(conf)
     (folder / "cgroup.conf").write_text("")

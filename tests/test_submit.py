@@ -368,60 +368,34 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 @pytest.mark.slow
-def test_a_job_that_meets_its_time_limit_goes_on_and_no_step_is_computed_twice(
+def test_a_grid_on_slurm_goes_on_after_a_time_limit_and_no_step_is_computed_twice(
     cluster: dict[str, str], gpt: Callable[..., Ran], small: list[str], tmp_path: Path
 ) -> None:
-    steps = 400
-    command = [
-        *small,
-        *SLURM,
-        "parallel=dp2",
-        f"trainer.max_steps={steps}",
-        "hydra.run.dir=run",
-        "trainer.eval_every=0",
-    ]
-    env = {"SLURM_CONF": cluster["SLURM_CONF"]}
+    steps, env = 100, {"SLURM_CONF": cluster["SLURM_CONF"]}
+    grid = ["-m", *small, *SLURM, "seed=1,2", "parallel=dp2", f"trainer.max_steps={steps}"]
+    grid += ["trainer.eval_every=0", "trainer.save_every=0", "grid.name=g"]
+    folder = Folder(tmp_path / "outputs" / "grids" / "g")
 
     def told(*words: str) -> str:
         return subprocess.run(words, env=cluster, capture_output=True, text=True, check=True).stdout
 
-    first = gpt(*command, env=env)
-    assert first.code == 0, first.all
-    (job,) = {event["job"] for event in events(tmp_path / "run" / "slurm")}
-    assert f"submitted: job {job}" in first.out
-    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(metrics(tmp_path / "run")) > 3, 60)
-    told("scancel", "--batch", "--signal=USR1", job)  # what Slurm does cluster.signal_seconds before the limit
-    wait_for(lambda: events(tmp_path / "run" / "slurm")[-1]["event"] == "requeued", 60)
-    reached = metrics(tmp_path / "run")[-1]["step"]
-    assert reached < steps
-    assert f"in the queue already: run: job {job}" in gpt(*command, env=env).out
-    wait_for(lambda: "PENDING" in told("squeue", "-h", "-o", "%T", "-j", job))
-    told("scontrol", "update", f"JobId={job}", "StartTime=now")  # else two minutes after it left
-    end = gpt(*command, "cluster.wait=true", env=env)
-    assert end.code == 0, end.all
-    assert f"done with 0: {job}  run" in end.out
-    assert [record["step"] for record in metrics(tmp_path / "run")] == list(range(1, steps + 1))
-    assert f"from step {reached} to {steps}" in (tmp_path / "run/slurm/cells/run.log").read_text()
-    assert "this run is done" in gpt(*command, env=env).out
-
-
-@pytest.mark.slow
-def test_a_grid_is_an_array_whose_failures_alone_are_submitted_again(
-    cluster: dict[str, str], gpt: Callable[..., Ran], small: list[str], tmp_path: Path
-) -> None:
-    grid = ["-m", *small, *SLURM, "trainer.max_steps=2", "seed=1,2,3", "grid.name=g", "cluster.wait=true"]
-    env = {"SLURM_CONF": cluster["SLURM_CONF"]}
-    shown = gpt(*grid, "dry_run=true", env=env).out
-    names = shown.partition("cells=(\n")[2].partition(")")[0].split()
-    (tmp_path / "outputs" / names[1]).mkdir(parents=True)
-    (tmp_path / "outputs" / names[1] / "checkpoints").write_text("in the way")
     first = gpt(*grid, env=env)
-    assert first.code == 1, first.all
-    assert "submitted: job" in first.out
-    assert "3 cells, each 1 node(s) x 1 rank(s)" in first.out
-    assert "1 of 3 cells are not done" in first.err
-    (tmp_path / "outputs" / names[1] / "checkpoints").unlink()
-    again = gpt(*grid, env=env)
-    assert again.code == 0, again.all
-    assert "1 cells, each" in again.out
-    assert all([m["step"] for m in metrics(tmp_path / "outputs" / name)] == [1, 2] for name in names)
+    assert first.code == 0, first.all
+    assert "2 cells, each 2 node(s) x 1 rank(s)" in first.out
+    job, name = folder.events()[0]["job"], folder.events()[0]["cell"]
+    run_dir = tmp_path / "outputs" / name
+    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir)) > 3, 200)
+    told("scancel", "--batch", "--signal=USR1", job)  # what Slurm does cluster.signal_seconds before the limit
+    wait_for(lambda: any(event["event"] == "requeued" for event in folder.events()), 100)
+    reached = metrics(run_dir)[-1]["step"]
+    assert reached < steps
+    wait_for(lambda: f"{job} PENDING" in told("squeue", "-h", "-r", "-o", "%i %T"))
+    told("scontrol", "update", f"JobId={job}", "StartTime=now")  # else two minutes after it left
+
+    end = gpt(*grid, "cluster.wait=true", env=env, timeout=300)
+    assert end.code == 0, end.all
+    assert f"in the queue already: seed=1  ({name}): job {job}" in end.out
+    assert "submitted" not in end.out
+    for cell in folder.read()["cells"]:
+        assert [record["step"] for record in metrics(tmp_path / "outputs" / cell)] == list(range(1, steps + 1))
+    assert f"from step {reached} to {steps}" in folder.log(name).read_text()
