@@ -57,6 +57,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Nothing is read from or written to the user's own cache."""
     os.environ["GPT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["WANDB_MODE"] = "offline"
+    os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))  # of grids' slots: a user's own grid may have them all
     for key in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         os.environ[key] = str(tmp_path_factory.mktemp("wandb"))
 

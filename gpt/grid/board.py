@@ -19,7 +19,7 @@ from gpt.plan import cost, counts, devices, footprint
 from gpt.plan.summary import duration, layout
 from launchers import host
 
-SHOWN_CELLS = 100  # in the table at the end
+SHOWN_CELLS = 100  # of those not done, in the table at the end
 GIB = 2**30
 
 
@@ -136,37 +136,31 @@ def _figures(line: Line) -> tuple[str, ...]:
     )
 
 
-def foot(outcomes: Iterable[Outcome], used: int, count: int, seconds: float) -> str:
-    """How far the grid is."""
+def tally(outcomes: Iterable[Outcome]) -> str:
+    """How many cells are what."""
     states = Counter(outcome.state for outcome in outcomes)
     states["done"] += states.pop("done before", 0) + states.pop("done elsewhere", 0)
-    order = ("done", "failed", "running", "waiting", "elsewhere", "stopped", "pruned")
+    order = ("done", "failed", "running", "waiting", "not started", "elsewhere", "stopped", "pruned")
     words = ", ".join(f"{states[state]} {state}" for state in order if states[state])
-    return f"{sum(states.values())} cells: {words} | slots {used}/{count} | {clock(seconds)}"
+    return f"{sum(states.values())} cells: {words}"
 
 
-def closing(console: Console, cells: list[Cell], outcomes: dict[str, Outcome]) -> None:
-    """A table of all cells; of very many, those that are not done, and the best."""
-    values = {cell.name: cell.value() for cell in cells}
-    shown = cells
-    if len(cells) > SHOWN_CELLS:
-        infinity = float("inf")
-        by_loss = sorted(cells, key=lambda c: (not outcomes[c.name].bad, values[c.name] or infinity))
-        shown = by_loss[:SHOWN_CELLS]
+def closing(console: Console, cells: list[Cell], outcomes: dict[str, Outcome], seconds: float) -> None:
+    """What is not done, and how many are; the report has the figures of all."""
+    left = [cell for cell in cells if not outcomes[cell.name].state.startswith("done")]
     rows: list[tuple[str, ...]] = []
-    for cell in shown:
-        outcome, value = outcomes[cell.name], values[cell.name]
-        loss = f"{value:.4f}" if value is not None else "-"
+    for cell in left[:SHOWN_CELLS]:
+        outcome = outcomes[cell.name]
         time = clock(outcome.seconds) if outcome.seconds else "-"
-        rows.append((cell.label, outcome.state, loss, time, cell.run_dir.name))
-    header: tuple[str, ...] = ("cell", "state", "val/loss", "time", "run")
-    if all(row[2] == "-" for row in rows):  # nothing trains
-        header, rows = (*header[:2], *header[3:]), [(*row[:2], *row[3:]) for row in rows]
-    console.columns("cells", header, rows)
-    if len(shown) < len(cells):
-        console.note(f"and {len(cells) - len(shown):,} more: those not done and the lowest losses are shown")
+        code = str(outcome.code) if outcome.code is not None else "-"
+        rows.append((cell.label, outcome.state, code, time, cell.run_dir.name))
+    if rows:
+        console.columns("not done", ("cell", "state", "exit code", "time", "run"), rows)
+    if len(left) > len(rows):
+        console.note(f"and {len(left) - len(rows):,} more")
     if elsewhere := [cell.label for cell in cells if outcomes[cell.name].state == "elsewhere"]:
-        console.note(f"still running elsewhere: {'; '.join(elsewhere)}")
+        console.note(f"still running elsewhere: {'; '.join(elsewhere[:SHOWN_CELLS])}")
+    console.note(f"{tally(outcomes.values())} | {clock(seconds)}")
 
 
 def clock(seconds: float) -> str:

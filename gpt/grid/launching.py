@@ -71,11 +71,11 @@ def launch(
             outcomes = running.run(cells, folder, command, console, watch, first=first)
     finally:
         if not elsewhere or cells[0].config.cluster.wait:
-            _conclude(folder, console, show=first)
+            close(folder, console, show=first)
     return [_returned(cell, outcomes[cell.name]) for cell in composed]
 
 
-def _conclude(folder: Folder, console: Console, *, show: bool) -> None:
+def close(folder: Folder, console: Console, *, show: bool = True) -> None:
     """What a grid leaves, however it ended: its report, and what sends it to W&B."""
     report.after(folder.path, console, show=show)
     if later := wandb_run.commands(folder.path / "wandb"):

@@ -143,7 +143,8 @@ class Runner:
         if self.screen.drawn:
             lines = [Line(each.cell, each.record, self._shown - each.job.began) for each in live]
             used = sum(len(job.taken.numbers) for job in running)
-            foot = board.foot(self.outcomes.values(), used, self.count, self._shown - self.began)
+            far = f"{board.tally(self.outcomes.values())} | slots {used}/{self.count}"
+            foot = f"{far} | {board.clock(self._shown - self.began)}"
             self.screen.draw(board.table(lines, foot, self.screen.height))
 
     def _say(self, text: str, *, bad: bool = False) -> None:
@@ -176,7 +177,7 @@ def run(
     finally:
         for outcome in runner.outcomes.values():
             outcome.state = "not started" if outcome.state == "waiting" else outcome.state
-        board.closing(console, cells, runner.outcomes)
+        board.closing(console, cells, runner.outcomes, time.monotonic() - runner.began)
     if runner.pool.stopped_by:
         raise JobFailed("stopped; the same command goes on", 128 + runner.pool.stopped_by)
     return runner.outcomes

@@ -13,7 +13,7 @@ from gpt import driver, runs
 from gpt.config import Task, UserError
 from gpt.config_cluster import ClusterKind
 from gpt.console import Console
-from gpt.grid import board, composing, launching, report, study
+from gpt.grid import board, composing, launching, study
 from gpt.grid.cells import Cell, State
 from gpt.grid.composing import Composer
 from gpt.grid.folder import Folder
@@ -62,7 +62,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
         searcher.search()
     finally:
         board.closing(console, list(searcher.cells.values()), searcher.outcomes)
-        report.after(folder.path, console)
+        launching.close(folder, console)
         best = _end(console, trials)
     if searcher.pool.stopped_by:
         raise JobFailed("stopped; the same command goes on", 128 + searcher.pool.stopped_by)
