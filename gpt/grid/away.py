@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,9 +36,10 @@ def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Con
     def wanted(cell: Cell) -> bool:
         return not cell.trains or _makes_sense(cell, found[_data(cell)], console)
 
+    began = time.monotonic()
     outcomes = submitting.run(cells, folder, command, console, wanted=wanted)
     if cells[0].config.cluster.wait:
-        board.closing(console, list(cells), outcomes)
+        board.closing(console, list(cells), outcomes, time.monotonic() - began)
     return outcomes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
     try:
         searcher.search()
     finally:
-        board.closing(console, list(searcher.cells.values()), searcher.outcomes)
+        board.closing(console, list(searcher.cells.values()), searcher.outcomes, time.monotonic() - searcher.began)
         launching.close(folder, console)
         best = _end(console, trials)
     if searcher.pool.stopped_by:
