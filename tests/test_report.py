@@ -48,7 +48,9 @@ def test_what_a_search_gave_up_is_told_from_what_was_stopped(tmp_path: Path) -> 
     for name in ("a", "b"):
         run_folder(tmp_path / name, {}, curve(3.0)[:20], result={"status": "stopped", "step": 20})
     ends = [{"cell": "a", "event": "pruned", "code": 143}, {"cell": "b", "event": "ended", "code": -15}]
-    assert states(grid_of(tmp_path, {"a": [], "b": [], "c": []}, ends)) == {"a": "pruned", "b": "stopped", "c": "new"}
+    ends.append({"cell": "d", "event": "submitted", "job": "7"})
+    grid = grid_of(tmp_path, {name: [] for name in "abcd"}, ends)
+    assert states(grid) == {"a": "pruned", "b": "stopped", "c": "new", "d": "submitted"}
 
 
 def test_a_torn_line_and_steps_computed_again_do_not_spoil_a_curve(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ STATES = {
     "interrupted": "it ended without saying how, or before trainer.max_steps; the same command goes on",
     "guard": "stopped by the guard: the loss or the gradient was not finite, or a rank hung",
     "failed": "it ended with an error",
+    "submitted": "given to a scheduler, and not begun or without a trace",
     "new": "not started",
     "lost": "its run folder is not here",
 }
@@ -169,6 +170,7 @@ def _cell(grid: Folder, name: str, cell: dict[str, Any], last: dict[str, Any]) -
         given_up = last.get("event") == "pruned" and run.state in ("stopped", "interrupted")
         return replace(run, state="pruned") if given_up else run
     ends = _ended(code) or ("lost" if training else "done") if code is not None else "interrupted"
+    ends = "submitted" if last.get("event") == "submitted" else ends
     state = "running" if training and _at_work(path) else ends if last else "new"
     known = _flat(config) if config and training else dict(_given(overrides, runs.LAUNCH_ONLY if training else ()))
     nothing = {column: np.zeros(0) for column in COLUMNS}

@@ -137,7 +137,7 @@ def _groups(rows: list[Row], metric: str) -> list[Group]:
     furthest = max((row.figures["step"] or 0 for row in rows), default=0)
     groups: dict[str, Group] = {}
     for number, row in enumerate(rows):
-        if row.run.state in ("new", "lost"):
+        if row.run.state in ("new", "submitted", "lost"):
             continue
         rest = {key: value for key, value in row.keys.items() if key != "seed"}
         group = groups.setdefault(json.dumps(rest, sort_keys=True), Group([]))
