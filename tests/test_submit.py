@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,52 +11,24 @@ from typing import Any
 
 import pytest
 import slurm_host
-import yaml
-from conftest import ROOT, Ran, metrics
+from conftest import Ran, metrics
+from slurm_stand_in import SLURM, stand_ins
 from test_signals import wait_for
 
-from gpt import cli, guard, rules_cluster
-from gpt.config import Config, UserError
+from gpt import cli, rules_cluster
+from gpt.config import UserError
 from gpt.config_cluster import ClusterKind
 from gpt.console import Console
 from gpt.grid import submitting
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder
-from launchers import kubernetes, nodes, slurm
+from launchers import slurm
 from launchers.roles import Role
-from launchers.slurm import Batch
-
-SLURM = ["cluster=slurm", "cluster.device=cpu", "cluster.per_node=1"]
-# Stand-ins: sbatch numbers jobs and puts them into the queue, squeue shows it, the others write down what they hear.
-COMMANDS = {
-    "sbatch": """
-if [ "$1" = --test-only ]; then
-grep -q 'partition=nope' && { echo 'sbatch: error: invalid partition' >&2; exit 1; }; exit 0; fi
-number=$(( $(cat number 2>/dev/null || echo 10) + 1 )); echo $number > number
-count=$(sed -n 's/^#SBATCH --array=0-//p' "$2")
-if [ -z "$count" ]; then echo "$number|N/A|PENDING|(None)|$2" >> queue; else
-for i in $(seq 0 $count); do echo "$number|$i|PENDING|(None)|$2" >> queue; done; fi
-echo $number""",
-    "squeue": '[ -e broken ] && { echo "Unable to contact slurm controller" >&2; exit 1; }\ncat queue || :',
-    "scancel": 'echo "$@" >> scancel.log; [ -e step ] && kill -TERM $(cat step); :',
-    "scontrol": 'echo "$@" >> scontrol.log; cat job 2>/dev/null; :',
-    "srun": "exec sh ./step.sh",
-}
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a command is typed, with Slurm's commands as stand-ins that keep their files there."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, body in COMMANDS.items():
-        (programs / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{body}\n")
-        (programs / name).chmod(0o755)
-    (tmp_path / "queue").write_text("")
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return stand_ins(tmp_path, monkeypatch)
 
 
 def cells(small: list[str], *seeds: int, more: tuple[str, ...] = ()) -> list[Cell]:
@@ -153,83 +122,6 @@ def test_no_values_of_variables_are_in_what_is_submitted(
     assert "#SBATCH --export=PATH,WANDB_API_KEY\n" in (folder / "outputs/grids/g/jobs/0001.sh").read_text()
 
 
-# --- what the script does ---
-
-
-@pytest.fixture
-def batch(folder: Path, small: list[str]) -> Batch:
-    (folder / "cells").mkdir()
-    return Batch(cli.job([*small, *SLURM, "grid.retries=1"]), ("a", "b"), folder, "gpt-g", True)
-
-
-def start(batch: Batch, step: str) -> subprocess.Popen[bytes]:
-    (batch.folder / "step.sh").write_text(step)
-    text = slurm.script(batch, batch.folder / "jobs" / "0001.sh", batch.folder)
-    env = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "9", "SLURM_JOB_NODELIST": "n1"}
-    return subprocess.Popen(["bash", "-c", text], env={**os.environ, **env})
-
-
-def events(folder: Path) -> list[dict[str, Any]]:
-    return Folder(folder).events()
-
-
-WAITS = "trap 'exit 143' TERM\necho $$ > step\nwhile :; do sleep 0.05; done\n"
-
-
-def test_a_job_ends_as_its_ranks_do_and_says_so(batch: Batch) -> None:
-    assert start(batch, "exit 2").wait(20) == 2
-    assert [(e["event"], e["cell"], e["job"], e.get("code")) for e in events(batch.folder)] == [
-        ("started", "b", "7_1", None), ("ended", "b", "7_1", 2),
-    ]  # fmt: skip
-
-
-def test_what_failed_is_tried_again_as_often_as_is_said(batch: Batch) -> None:
-    assert start(batch, "exit 1").wait(20) == 1
-    assert [e["code"] for e in events(batch.folder) if e["event"] == "ended"] == [1, 1]
-
-
-def test_before_the_time_limit_ranks_are_told_to_save_and_the_job_is_requeued(batch: Batch) -> None:
-    job = start(batch, WAITS)
-    wait_for((batch.folder / "step").exists)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(20) == 143
-    assert (batch.folder / "scancel.log").read_text() == "--signal=TERM 9\n"
-    assert (batch.folder / "scontrol.log").read_text() == "requeue 9\n"
-    assert [e["event"] for e in events(batch.folder)] == ["started", "ended", "requeued"]
-
-
-@pytest.mark.parametrize(("about", "told"), [("PreemptTime=None", 1), ("PreemptTime=2026-11-24T17:06:40", 2)])
-def test_a_job_that_is_cancelled_stays_so_and_one_that_is_preempted_comes_again(
-    batch: Batch, about: str, told: int
-) -> None:
-    (batch.folder / "job").write_text(f"JobId=9 {about} SuspendTime=None\n")
-    job = start(batch, WAITS)
-    wait_for((batch.folder / "step").exists)
-    time.sleep(0.1)
-    job.terminate()  # Slurm signals the script and the ranks
-    time.sleep(0.1)
-    assert job.poll() is None  # it stays to see how they end
-    os.kill(int((batch.folder / "step").read_text()), signal.SIGTERM)
-    assert job.wait(20) == 143
-    lines = (batch.folder / "scontrol.log").read_text().splitlines()
-    assert [line.split()[0] for line in lines] == ["show", "requeue"][:told]
-
-
-def test_a_signal_that_comes_twice_at_once_does_not_keep_a_rank_from_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        signals = guard.Signals()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.exit_code == 143
-        monkeypatch.setattr(guard, "SAME_SECONDS", 0.0)
-        with pytest.raises(SystemExit):
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 # --- bad input ---
 
 
@@ -284,78 +176,6 @@ def test_what_does_not_compute_on_devices_stays_here(task: str) -> None:
 def test_a_cluster_gives_parallel_auto_the_devices_of_a_node(small: list[str]) -> None:
     config = cli.job([*small, "parallel=auto", "cluster=slurm", "cluster.device=cpu", "cluster.per_node=4"])
     assert (rules_cluster.nodes(config), rules_cluster.ranks_per_node(config)) == (1, 4)
-
-
-# --- shown ---
-
-
-@pytest.mark.slow
-def test_a_dry_run_shows_the_script_without_slurm_and_leaves_nothing(
-    gpt: Callable[..., Ran], small: list[str], tmp_path: Path
-) -> None:
-    shown = gpt(*small, *SLURM, "parallel=dp2", "dry_run=true", env={"PATH": str(tmp_path / "none")})
-    assert shown.code == 0, shown.all
-    assert shown.out.startswith("#!/bin/bash\n#SBATCH --job-name=gpt-tiny_dp2_")
-    assert subprocess.run(["bash", "-n"], input=shown.out, text=True, check=False).returncode == 0
-    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
-
-
-def test_every_host_is_told_its_own_command() -> None:
-    overrides = ["cluster=nodes", "cluster.hosts=[a,b]", "cluster.device=cpu", "parallel=dp8", "notes=two words"]
-    found = nodes.commands(cli.job(overrides), overrides, ROOT)
-    assert [host for host, _ in found] == ["a", "b"]
-    for rank, (_, command) in enumerate(found):
-        assert f"--master a:29500 --nnodes 2 --rank {rank} --nproc_per_node 4 " in command
-        assert " gpt/main.py " in command
-        assert command.endswith(" cluster.device=cpu parallel=dp8 'notes=two words'")
-        assert "cluster=nodes" not in command
-
-
-def manifest(*more: str) -> dict[str, Any]:
-    overrides = ["cluster=kubernetes", "cluster.image=registry/gpt:1", "parallel=dp8", "cluster.per_node=4", *more]
-    config: Config = cli.job(overrides)
-    found: dict[str, Any] = yaml.safe_load(kubernetes.text([kubernetes.manifest(config, "tiny_dp8_0a1b", overrides)]))
-    return found
-
-
-def test_a_manifest_is_what_the_training_operator_takes() -> None:
-    training = pytest.importorskip("kubeflow.training", reason="needs kubeflow-training")
-    import kubernetes.client as core
-
-    def fits(value: Any, kind: str, path: str) -> None:
-        """Against the operator's and Kubernetes' own models, into which its schema was turned: names and types."""
-        if kind.startswith("dict("):
-            for key, each in value.items():
-                fits(each, kind[5:-1].split(", ", 1)[1], f"{path}.{key}")
-        elif kind.startswith("list["):
-            for number, each in enumerate(value):
-                fits(each, kind[5:-1], f"{path}[{number}]")
-        elif kind in ("str", "int", "bool"):
-            assert type(value).__name__ == kind, f"{path}: {value!r} is no {kind}"
-        elif kind != "object":
-            model = getattr(training, kind, None) or getattr(core, kind)
-            attributes = {spelled: name for name, spelled in model.attribute_map.items()}
-            for key, each in value.items():
-                assert key in attributes, f"{path}: {kind} has no {key}"
-                fits(each, model.openapi_types[attributes[key]], f"{path}.{key}")
-            model(**{attributes[key]: each for key, each in value.items()})  # what is required
-
-    made = manifest("cluster.claim=work", "cluster.secret=keys", "cluster.mem=64Gi", "cluster.namespace=ml")
-    fits(made, "KubeflowOrgV1PaddleJob", "job")
-    worker = made["spec"]["paddleReplicaSpecs"]["Worker"]
-    worker["replica"] = worker.pop("replicas")
-    with pytest.raises(AssertionError, match="has no replica"):
-        fits(made, "KubeflowOrgV1PaddleJob", "job")
-
-
-def test_a_manifest_has_a_pod_per_node_and_a_gpu_per_rank() -> None:
-    worker = manifest()["spec"]["paddleReplicaSpecs"]["Worker"]
-    (container,) = worker["template"]["spec"]["containers"]
-    assert worker["replicas"] == 2
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
-    assert container["args"] == ["gpt", "parallel=dp8", "cluster.device=gpu"]
-    assert kubernetes.HEAD.startswith("#")
-    assert "not run here" in kubernetes.HEAD
 
 
 # --- the real one ---
