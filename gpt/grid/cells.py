@@ -141,7 +141,9 @@ class Cell:
             config = runs.stored_config(frozen["config"], None)
             return cls(frozen["overrides"], config, Path(frozen["run_dir"]), frozen["differs"])
         except Exception as error:
-            raise UserError(f"{file}: not a frozen command ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{file}: not a frozen command of this version ({type(error).__name__}: {error}); give the grid's again"
+            ) from error
 
 
 def label(overrides: Sequence[str]) -> str:
