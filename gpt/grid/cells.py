@@ -142,7 +142,7 @@ class Cell:
             return cls(frozen["overrides"], config, Path(frozen["run_dir"]), frozen["differs"])
         except Exception as error:
             raise UserError(
-                f"{file}: not a frozen command of this version ({type(error).__name__}: {error}); give the grid's again"
+                f"{file}: not a frozen command of this version ({type(error).__name__}: {error}); type its command again"
             ) from error
 
 
