@@ -140,7 +140,8 @@ def tally(outcomes: Iterable[Outcome]) -> str:
     """How many cells are what."""
     states = Counter(outcome.state for outcome in outcomes)
     states["done"] += states.pop("done before", 0) + states.pop("done elsewhere", 0)
-    order = ("done", "failed", "running", "waiting", "not started", "elsewhere", "stopped", "pruned")
+    known = ("done", "failed", "running", "waiting", "not started", "elsewhere", "stopped", "pruned")
+    order = [*known, *sorted(set(states) - set(known))]
     words = ", ".join(f"{states[state]} {state}" for state in order if states[state])
     return f"{sum(states.values())} cells: {words}"
 
@@ -151,9 +152,9 @@ def closing(console: Console, cells: list[Cell], outcomes: dict[str, Outcome], s
     rows: list[tuple[str, ...]] = []
     for cell in left[:SHOWN_CELLS]:
         outcome = outcomes[cell.name]
-        time = clock(outcome.seconds) if outcome.seconds else "-"
+        lasted = clock(outcome.seconds) if outcome.seconds else "-"
         code = str(outcome.code) if outcome.code is not None else "-"
-        rows.append((cell.label, outcome.state, code, time, cell.run_dir.name))
+        rows.append((cell.label, outcome.state, code, lasted, cell.run_dir.name))
     if rows:
         console.columns("not done", ("cell", "state", "exit code", "time", "run"), rows)
     if len(left) > len(rows):

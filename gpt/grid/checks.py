@@ -16,7 +16,7 @@ from gpt.console import Console
 from gpt.grid.cells import Cell
 from launchers import host
 
-OF_ALL = ("grid", "yes", "hydra", "report")  # keys that have one value for the whole grid
+OF_ALL = ("grid", "yes", "hydra", "report", "optuna")  # keys that have one value for the whole grid
 FOLDERS = ("hydra.run.dir", "hydra.sweep.subdir")
 
 
