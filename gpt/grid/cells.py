@@ -141,9 +141,8 @@ class Cell:
             config = runs.stored_config(frozen["config"], None)
             return cls(frozen["overrides"], config, Path(frozen["run_dir"]), frozen["differs"])
         except Exception as error:
-            raise UserError(
-                f"{file}: not a frozen command of this version ({type(error).__name__}: {error}); type its command again"
-            ) from error
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{file}: not a frozen command of this version ({why}); type it again") from error
 
 
 def label(overrides: Sequence[str]) -> str:
