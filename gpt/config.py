@@ -104,6 +104,13 @@ class Resume(Enum):
     must = "must"
 
 
+class EngineKind(Enum):
+    """Who shares the model out: Fleet's layers and groups, or Paddle's semi-auto engine by ``gpt.placements``."""
+
+    fleet = "fleet"
+    auto = "auto"
+
+
 class WandbMode(Enum):
     """How W&B is reached."""
 
@@ -145,6 +152,8 @@ class Parallel:
     pp_degree: int = MISSING
     virtual_pp_degree: int = MISSING
     sequence_parallel: bool = MISSING
+    engine: EngineKind = EngineKind.fleet
+    static: bool = False  # of engine=auto: the step is lowered to a static program
 
 
 @dataclass

@@ -13,6 +13,7 @@ from gpt.config import Config, DType, accumulate_steps, global_batch_size, micro
 from gpt.data.samples import Batch, Samples
 from gpt.guard import require_finite
 from gpt.model import GPT, initialise
+from gpt.semi_auto import local
 from gpt.shapes import owners, parameter_shapes
 from gpt.sharding import Shards
 from gpt.topology import Topology
@@ -48,7 +49,7 @@ class Engine:
         self.low_precision = config.precision.dtype is not DType.fp32
         self.keeps_master = self.low_precision or config.optimizer.offload
         sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
-        self.shards = Shards(topology, owners(sizes, topology.parallel.sharding_degree))
+        self.shards = Shards(topology, owners(sizes, topology.owners))
         self.model: Any = self._build()
         self.parameters: dict[str, paddle.Tensor] = self.model.logical_parameters()
         self.owned = {name: p for name, p in self.parameters.items() if self.shards.is_mine(name)}
@@ -56,7 +57,9 @@ class Engine:
         self.optimizer: Any = None
         self.loss_scale: optim.LossScale | None = None
         if train:
-            self.optimizer = optim.build(self.owned, config.optimizer, master_weights=self.low_precision)
+            self.optimizer = optim.build(
+                self.owned, config.optimizer, master_weights=self.low_precision, placed=topology.placed
+            )
             self.loss_scale = optim.LossScale() if config.precision.dtype is DType.fp16 else None
 
     def _build(self) -> Any:
@@ -65,22 +68,24 @@ class Engine:
         from gpt.pipeline import Pipeline
 
         model = Pipeline(self.config, self.topology)
-        self._prepare(model.logical_parameters(), model)
+        self._prepare("", model.logical_parameters(), model)
         return model
 
     def _settle(self, prefix: str, part: paddle.nn.Layer) -> None:
         """A part of the model has been made: its first values, its element type, and what need not stay here."""
         parameters = {f"{prefix}.{name}": p for name, p in part.named_parameters()}
-        self._prepare(parameters, part)
+        self._prepare(prefix, parameters, part)
         self.shards.settle(parameters, part, block=prefix.startswith("layers."))
 
-    def _prepare(self, parameters: dict[str, paddle.Tensor], part: paddle.nn.Layer) -> None:
+    def _prepare(self, prefix: str, parameters: dict[str, paddle.Tensor], part: paddle.nn.Layer) -> None:
         if self.training:
             initialise(self.config, self.topology, parameters)
         if self.low_precision and self.training:
             paddle.amp.decorate(part, level="O2", dtype=PADDLE_DTYPE[self.config.precision.dtype])
         elif self.low_precision:
             part.to(dtype=PADDLE_DTYPE[self.config.precision.dtype])
+        if self.topology.placed:
+            self.topology.placed.settle(prefix, part)
 
     def _autocast(self) -> Any:
         dtype = PADDLE_DTYPE[self.config.precision.dtype] if self.low_precision else "float16"
@@ -120,6 +125,10 @@ class Engine:
             p.clear_gradient(False)
         return result
 
+    def _inputs(self, batch: Batch, rows: slice) -> tuple[paddle.Tensor, ...]:
+        tensors = _tensors(batch, rows)
+        return self.topology.placed.inputs(tensors) if self.topology.placed else tensors
+
     def _said(self, value: float) -> float:
         """What this rank gives to a sum over replicas."""
         return value if self.topology.speaks else 0.0
@@ -137,14 +146,14 @@ class Engine:
         for i, rows in enumerate(cuts):
             self.topology.seed(*masks, first + i)
             with self._autocast():
-                part = self.model.loss(*_tensors(batch, rows), count)
+                part = self.model.loss(*self._inputs(batch, rows), count)
             (self.loss_scale.scale(part) if self.loss_scale else part).backward()
-            loss += part.item()
+            loss += local(part).item()
         return loss
 
     def _update(self) -> None:
         self.optimizer.step()
-        if self.topology.parallel.sharding_degree > 1 and not self.shards.parameters_too:
+        if self.topology.owners > 1 and not self.shards.parameters_too:
             exchange.share_updates(self.topology, self.parameters, self.shards.owner)
 
     def evaluate(self, samples: Samples, batches: int) -> float:
@@ -178,8 +187,8 @@ class Engine:
         """Sum over the counted tokens."""
         count = max(float(batch.mask_BT.sum()), 1.0)
         with paddle.no_grad(), self._autocast():
-            mean = self.model.loss(*_tensors(batch, slice(None)), count)
-        return float(mean.item() * count)
+            mean = self.model.loss(*self._inputs(batch, slice(None)), count)
+        return float(local(mean).item() * count)
 
     def _staged_losses(self, batches: list[Batch]) -> float:
         """The same through the pipeline, which wants a whole round of whole micro batches."""
@@ -197,9 +206,11 @@ class Engine:
     def state(self) -> tuple[Pieces, Pieces, dict[str, Any]]:
         """What this rank gives to a checkpoint: parameters in float32, slots of the optimizer, and the small rest."""
         here, shapes = self._answers_for(), parameter_shapes(self.config)
-        master = self.optimizer.state_dict().get("master_weights", {})
-        values = {name: master.get(p.name, p) for name, p in here.items()}
-        slots = optim.state_of(self.optimizer, self.owned)
+        master, slots = optim.state_of(self.optimizer, self.owned)
+        values = {name: master.get(name, p) for name, p in self.owned.items()}
+        if self.topology.placed:  # all replicas put together what they share out, one writes it
+            values, slots = ({k: self.topology.placed.together(v) for k, v in d.items()} for d in (values, slots))
+        values = {name: value for name, value in values.items() if name in here}
         slots = {key: value for key, value in slots.items() if whole.parameter_of(key, shapes) in here}
         rest = {"loss_scale": asdict(self.loss_scale) if self.loss_scale else None}
         model, optimizer = (whole.pieces(self.topology, arrays, here, shapes) for arrays in (values, slots))
@@ -217,12 +228,13 @@ class Engine:
         master = {}
         for name, p in self.resident.items():
             value = whole.own_slice(self.topology, p, model, name)
-            p.set_value(paddle.to_tensor(value).astype(p.dtype))
+            part = paddle.to_tensor(value).astype(p.dtype)
+            self.topology.placed.put(p, part) if self.topology.placed else p.set_value(part)
             if keep_master and name in self.owned:
                 master[name] = value
         if slots is not None or keep_master:
             own = whole.own_slots(self.topology, self.owned, slots, shapes) if slots is not None else {}
-            optim.restore(self.optimizer, self.owned, own, master)
+            optim.restore(self.optimizer, self.owned, own, master, self.topology.placed)
         if self.loss_scale and rest.get("loss_scale"):
             self.loss_scale = optim.LossScale(**rest["loss_scale"])
 

@@ -22,6 +22,9 @@ def sum_gradients(topology: Topology, parameters: dict[str, Tensor]) -> None:
     Sharding stages 2 and 3 have done so over the sharding group already. Under sequence parallel, what every mp rank
     has of a block is added up over them too.
     """
+    if topology.placed:
+        topology.placed.sum_gradients(parameters)
+        return
     groups = topology.gradient_groups
     seen_in_part = [p.grad for name, p in parameters.items() if p.grad is not None and topology.sees_part(name, p)]
     if seen_in_part:
@@ -49,8 +52,11 @@ def loss_and_norm(topology: Topology, loss: float, parameters: dict[str, Tensor]
     """
     if topology.hcg is None:
         return loss, optim.global_norm(list(parameters.values()))
-    counted = [p for name, p in parameters.items() if counts(topology, name, p)]
-    squares = optim.global_norm(counted) ** 2 if counted and topology.answers else 0.0
+    if topology.placed:
+        counted = [p for p in parameters.values() if topology.placed.answers_for(p.grad)]
+    else:
+        counted = [p for name, p in parameters.items() if topology.answers and counts(topology, name, p)]
+    squares = optim.global_norm(counted) ** 2 if counted else 0.0
     loss, squares = topology.totals(loss, squares)
     return loss, math.sqrt(squares)
 

@@ -29,7 +29,7 @@ class Attention(nn.Layer):  # type: ignore[misc]
     def __init__(self, config: Config, topology: Topology, recompute_core: bool) -> None:
         super().__init__()
         m = config.model
-        self.heads = m.heads // topology.parallel.mp_degree
+        self.heads = m.heads // topology.split
         self.size = m.hidden // m.heads
         self.dropout = m.attention_dropout
         self.topology = topology

@@ -18,7 +18,8 @@ from gpt.data.tokens import Array
 
 
 def _on_cpu(x: Tensor) -> bool:
-    return bool(x.place.is_cpu_place())
+    """Whether the kernels of this project are to compute: not what the semi-auto engine places, nor in a program."""
+    return bool(paddle.in_dynamic_mode() and x.place.is_cpu_place() and not x.is_dist())
 
 
 def _apply(kernel: Any, *arguments: Any) -> Tensor:

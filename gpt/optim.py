@@ -13,6 +13,10 @@ from gpt.guard import GuardError
 if TYPE_CHECKING:
     import paddle
 
+    from gpt.semi_auto import Placed
+
+    Tensors = dict[str, paddle.Tensor]
+
 
 def lr_at(step: int, peak: float, schedule: Schedule) -> float:
     """Learning rate of update ``step``; the first update is step 1.
@@ -89,13 +93,16 @@ class Offloaded:
         self.inner.set_state_dict(state)
 
 
-def build(parameters: dict[str, paddle.Tensor], settings: Optimizer, *, master_weights: bool) -> Any:
+def build(
+    parameters: dict[str, paddle.Tensor], settings: Optimizer, *, master_weights: bool, placed: Placed | None = None
+) -> Any:
     """Paddle's AdamW over all parameters; the engine sets the rate and clips.
 
     Args:
         parameters: by logical name, with their first values.
         settings: of the optimizer section.
         master_weights: keep float32 copies of weights of a smaller type.
+        placed: where the parameters are, if the semi-auto engine has placed them.
     """
     import paddle
 
@@ -114,6 +121,8 @@ def build(parameters: dict[str, paddle.Tensor], settings: Optimizer, *, master_w
         )
 
     tensors = list(parameters.values())
+    if placed:
+        return placed.optimizer(make(tensors))
     return Offloaded(tensors, make) if settings.offload else make(tensors)
 
 
@@ -121,7 +130,9 @@ def global_norm(parameters: list[paddle.Tensor]) -> float:
     """Root of the sum of squares of all gradients, in float32; one number for the host."""
     from gpt import ops
 
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    from gpt.semi_auto import local
+
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     return math.sqrt(ops.sum_of_squares(gradients))
 
 
@@ -129,12 +140,14 @@ def clip(parameters: list[paddle.Tensor], norm: float, limit: float, loss_scale:
     """Divide all gradients by the loss scale, and scale them by limit / norm if that is less than one, in place."""
     import paddle
 
+    from gpt.semi_auto import local
+
     factor = (limit / norm if 0 < limit < norm else 1.0) / loss_scale
     if factor != 1.0:
         with paddle.no_grad():
             for p in parameters:
                 if p.grad is not None:
-                    p.grad.scale_(factor)
+                    local(p.grad).scale_(factor)
 
 
 @dataclass
@@ -171,20 +184,25 @@ class LossScale:
             self.value, self.good_steps = self.value * 2, 0
 
 
-def state_of(optimizer: Any, parameters: dict[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:
-    """Optimizer slots by ``<logical name>.<slot>``; Paddle's own keys depend on the order of construction."""
+def state_of(optimizer: Any, parameters: Tensors) -> tuple[Tensors, Tensors]:
+    """Float32 weights by logical name, where the optimizer keeps them, and slots by ``<logical name>.<slot>``.
+
+    Paddle's own keys depend on the order of construction.
+    """
     by_paddle_name = sorted(((p.name, name) for name, p in parameters.items()), key=lambda pair: -len(pair[0]))
+    state = _inner(optimizer).state_dict()
+    master = state.pop("master_weights", {})
     slots = {}
-    for key, value in optimizer.state_dict().items():
-        if key in ("LR_Scheduler", "master_weights"):
+    for key, value in state.items():
+        if key == "LR_Scheduler":
             continue
         owner, name = next((o, n) for o, n in by_paddle_name if key.startswith(f"{o}_"))
         slots[f"{name}.{key[len(owner) + 1 :]}"] = value
-    return slots
+    return {name: master[p.name] for name, p in parameters.items() if p.name in master}, slots
 
 
 def restore(
-    optimizer: Any, parameters: dict[str, paddle.Tensor], slots: dict[str, Any], master: dict[str, Any]
+    optimizer: Any, parameters: Tensors, slots: dict[str, Any], master: dict[str, Any], placed: Placed | None = None
 ) -> None:
     """The inverse of ``state_of``.
 
@@ -193,9 +211,17 @@ def restore(
         parameters: by logical name.
         slots: arrays by ``<logical name>.<slot>``.
         master: float32 weights by logical name, empty if there are none.
+        placed: where the parameters are, if the semi-auto engine has placed them.
     """
     import paddle
 
+    if placed:  # the slots have places too: they are made first
+        placed.make_slots(optimizer, list(parameters.values()))
+        own_master, own_slots = state_of(optimizer, parameters)
+        for there, values in ((own_master, master), (own_slots, slots)):
+            for key, value in values.items():
+                placed.put(there[key], paddle.to_tensor(value))
+        return
     state: dict[str, Any] = {}
     for name, p in parameters.items():
         prefix = f"{name}."
@@ -204,3 +230,8 @@ def restore(
     if master:
         state["master_weights"] = {p.name: paddle.to_tensor(master[n], dtype="float32") for n, p in parameters.items()}
     optimizer.set_state_dict(state)
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer under what the semi-auto engine wraps around it, whose state may be asked for at any time."""
+    return vars(optimizer).get("_inner_opt", optimizer)

@@ -58,6 +58,9 @@ def run_name(config: dict[str, Any], parallel: str) -> str:
         node.pop(leaf, None)
     if kept.get("checkpoint") is None:  # runs of versions that could not start from given weights keep their names
         kept.pop("checkpoint", None)
+    for key, before in (("engine", "fleet"), ("static", False)):  # nor could they choose an engine
+        if kept.get("parallel", {}).get(key) == before:
+            kept["parallel"].pop(key)
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return f"{config['model']['name']}_{parallel}_{digest}"
 

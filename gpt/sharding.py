@@ -34,7 +34,7 @@ class Shards:
     """
 
     def __init__(self, topology: Topology, owner: dict[str, int]) -> None:
-        degree, stage = topology.parallel.sharding_degree, topology.parallel.sharding_stage
+        degree, stage = topology.owners, topology.parallel.sharding_stage
         self.topology = topology
         self.owner = owner
         self.gradients_too = degree > 1 and stage >= 2

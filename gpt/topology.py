@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt.config import Config, Device, Parallel, accumulate_steps, micro_batch_size, world_size
+from gpt.config import Config, Device, EngineKind, Parallel, accumulate_steps, micro_batch_size, world_size
 from gpt.data.tokens import Array
 from gpt.shapes import WORD
 
 if TYPE_CHECKING:
     import paddle
+
+    from gpt.semi_auto import Placed
 
 
 def derive_seed(*parts: Any) -> int:
@@ -54,12 +56,14 @@ class Topology:
         device: resolved: cpu or gpu.
         rank: among all.
         hcg: Fleet's HybridCommunicateGroup, which knows the groups; None on one rank.
+        placed: where the semi-auto engine has this rank's tensors; None if Fleet's layers share the model out.
     """
 
     parallel: Parallel
     device: Device
     rank: int = 0
     hcg: Any = None
+    placed: Placed | None = None
 
     @classmethod
     def connect(cls, config: Config) -> Topology:
@@ -70,7 +74,8 @@ class Topology:
         if world_size(config) == 1:
             return cls(config.parallel, config.cluster.device)
         hcg = _join(config)
-        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg)
+        placed = _place(config, hcg) if config.parallel.engine is EngineKind.auto else None
+        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg, placed)
 
     @property
     def replicas(self) -> int:
@@ -96,13 +101,20 @@ class Topology:
         return int(self.hcg.get_stage_id()) if self.hcg else 0
 
     @property
+    def owners(self) -> int:
+        """Among how many ranks parameters are shared out whole: the semi-auto engine cuts each of them instead."""
+        return 1 if self.placed else self.parallel.sharding_degree
+
+    @property
     def sharding_rank(self) -> int:
-        """Place among the ranks that share out the optimizer's state."""
-        return int(self.hcg.get_sharding_parallel_rank()) if self.hcg else 0
+        """Place among the ranks that share out the optimizer's state, parameter by parameter."""
+        return int(self.hcg.get_sharding_parallel_rank()) if self.owners > 1 else 0
 
     @property
     def answers(self) -> bool:
         """Whether this rank gives its arrays to a checkpoint: data parallel ranks have the same ones."""
+        if self.placed:
+            return self.replica == 0
         return self.hcg is None or self.hcg.get_data_parallel_rank() == 0
 
     def is_tied_copy(self, name: str) -> bool:
@@ -159,9 +171,14 @@ class Topology:
         axis = split_axis(p)
         return whole if axis is None else np.split(whole, self.parallel.mp_degree, axis)[self.mp_rank]
 
+    def own_shape(self, p: paddle.Tensor) -> list[int]:
+        """Shape of this rank's slice of a parameter, whatever sharding leaves of it."""
+        axis = split_axis(p) if p.is_dist() else None
+        return [size // (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
+
     def whole_shape(self, p: paddle.Tensor) -> list[int]:
-        """Shape of the parameter that ``p`` is a slice of."""
-        axis = split_axis(p)
+        """Shape of the parameter that ``p`` is a slice of; of a placed one it is its own."""
+        axis = None if p.is_dist() else split_axis(p)
         return [size * (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
 
     def seed(self, *parts: Any) -> None:
@@ -215,9 +232,14 @@ class Topology:
         in_blocks = name.startswith(("layers.", "norm."))
         return self.parallel.sequence_parallel and in_blocks and split_axis(p) is None
 
+    @property
+    def split(self) -> int:
+        """Among how many ranks the layers of the model share out their weights and heads themselves."""
+        return 1 if self.placed else self.parallel.mp_degree
+
     def column_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose output columns are shared out among the mp ranks; not yet initialised."""
-        if self.parallel.mp_degree > 1:
+        if self.split > 1:
             from gpt import tensor_parallel
 
             return tensor_parallel.column_linear(size_in, size_out, by_position=self.parallel.sequence_parallel)
@@ -227,7 +249,7 @@ class Topology:
 
     def row_linear(self, size_in: int, size_out: int) -> paddle.nn.Layer:
         """A linear whose input rows are shared out among the mp ranks; not yet initialised."""
-        if self.parallel.mp_degree > 1:
+        if self.split > 1:
             from gpt import tensor_parallel
 
             return tensor_parallel.row_linear(size_in, size_out, by_position=self.parallel.sequence_parallel)
@@ -237,7 +259,7 @@ class Topology:
 
     def embedding(self, rows: int, size: int) -> paddle.nn.Layer:
         """A table whose rows are shared out among the mp ranks; not yet initialised."""
-        if self.parallel.mp_degree > 1:
+        if self.split > 1:
             from gpt import tensor_parallel
 
             return tensor_parallel.embedding(rows, size)
@@ -260,7 +282,7 @@ class Topology:
         chunk: int,
     ) -> paddle.Tensor:
         """``gpt.ops.head_loss``, over the mp ranks' shares of the table."""
-        if self.parallel.mp_degree > 1:
+        if self.split > 1:
             from gpt import tensor_parallel
 
             return tensor_parallel.head_loss(x_MH, table_VH, labels_M, weight_M, vocab, chunk, self.mp_group)
@@ -271,6 +293,10 @@ class Topology:
 
 def split_axis(p: paddle.Tensor) -> int | None:
     """The axis along which the mp ranks share out a parameter; None if each has all of it."""
+    if p.is_dist():
+        from gpt import semi_auto
+
+        return semi_auto.split_axis(p)
     return int(p.split_axis) if getattr(p, "is_distributed", False) else None
 
 
@@ -307,3 +333,15 @@ def _join(config: Config) -> Any:
     if parallel.mp_degree > 1:
         fleet.meta_parallel.model_parallel_random_seed(config.seed + 1)
     return hcg
+
+
+def _place(config: Config, hcg: Any) -> Placed:
+    """The mesh that the semi-auto engine has this rank's tensors on: the replicas and mp ranks of its stage."""
+    from gpt.semi_auto import Placed
+
+    parallel = config.parallel
+    degrees = parallel.dp_degree, parallel.pp_degree, parallel.sharding_degree, parallel.mp_degree
+    ranks_DPSM = np.arange(world_size(config)).reshape(degrees)  # Fleet's order of ranks
+    ranks = ranks_DPSM[:, hcg.get_stage_id()].reshape(-1, parallel.mp_degree)
+    stage = parallel.sharding_stage if parallel.sharding_degree > 1 else 0
+    return Placed.on(ranks, hcg.get_global_rank(), stage)

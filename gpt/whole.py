@@ -81,7 +81,8 @@ def place(topology: Topology, p: Tensor, shape: list[int]) -> Slice:
     axis = split_axis(p)
     if axis is None:
         return Slice(0, 0, shape[0])
-    first, size = topology.mp_rank * p.shape[axis], p.shape[axis]
+    size = topology.own_shape(p)[axis]
+    first = topology.mp_rank * size
     return Slice(axis, min(first, shape[axis]), min(first + size, shape[axis]))
 
 
@@ -100,7 +101,7 @@ def pieces(
     for key, value in values.items():
         name = parameter_of(key, whole)
         p = parameters[name]
-        if list(value.shape) == list(p.shape):
+        if list(value.shape) == topology.own_shape(p):
             where = place(topology, p, whole[name])
             if where.start < where.stop:
                 array = value.astype("float32").numpy()
@@ -115,7 +116,7 @@ def own_slice(topology: Topology, p: Tensor, source: Source, name: str) -> Array
     """This rank's slice of a parameter, or of a slot of its shape, with zeros where it only pads."""
     where = place(topology, p, source.shapes[name])
     array = source.read(name, where)
-    missing = p.shape[where.axis] - array.shape[where.axis]
+    missing = topology.own_shape(p)[where.axis] - array.shape[where.axis]
     if not missing:
         return array
     return np.pad(array, [(0, missing if axis == where.axis else 0) for axis in range(array.ndim)])

@@ -163,7 +163,7 @@ class Session:
         if self.topology.rank > 0:
             return
         engine, parallel = self.engine, self.job.config.parallel
-        if parallel.mp_degree * parallel.pp_degree > 1 or engine.shards.parameters_too:
+        if parallel.mp_degree * parallel.pp_degree > 1 or engine.shards.parameters_too or engine.topology.placed:
             size = self._parameters() * 4
             if size > ALONE_BYTES:
                 say(
