@@ -344,4 +344,10 @@ def _place(config: Config, hcg: Any) -> Placed:
     ranks_DPSM = np.arange(world_size(config)).reshape(degrees)  # Fleet's order of ranks
     ranks = ranks_DPSM[:, hcg.get_stage_id()].reshape(-1, parallel.mp_degree)
     stage = parallel.sharding_stage if parallel.sharding_degree > 1 else 0
-    return Placed.on(ranks, hcg.get_global_rank(), stage)
+    placed = Placed.on(ranks, hcg.get_global_rank(), stage)
+    on_cpu = config.cluster.device is Device.cpu
+    if on_cpu:
+        from gpt import gloo_auto
+
+        gloo_auto.prepare(placed.mesh, hcg.get_global_rank())
+    return placed
