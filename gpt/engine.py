@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import paddle
 
@@ -18,6 +18,9 @@ from gpt.shapes import owners, parameter_shapes
 from gpt.sharding import Shards
 from gpt.topology import Topology
 from gpt.whole import Pieces, Source
+
+if TYPE_CHECKING:
+    from gpt.lowered import Lowered
 
 PADDLE_DTYPE = {DType.fp32: "float32", DType.bf16: "bfloat16", DType.fp16: "float16"}
 
@@ -56,11 +59,17 @@ class Engine:
         self.resident = self.owned if self.shards.parameters_too else self.parameters  # between steps
         self.optimizer: Any = None
         self.loss_scale: optim.LossScale | None = None
+        self.lowered: Lowered | None = None
         if train:
             self.optimizer = optim.build(
                 self.owned, config.optimizer, master_weights=self.low_precision, placed=topology.placed
             )
             self.loss_scale = optim.LossScale() if config.precision.dtype is DType.fp16 else None
+            if topology.placed and config.parallel.static:
+                from gpt.lowered import Lowered
+
+                micros, clip = accumulate_steps(config), config.optimizer.clip_norm
+                self.lowered = Lowered(self.model, topology.placed, self.optimizer, clip, micros)
 
     def _build(self) -> Any:
         if not self.pipelined:
@@ -105,6 +114,8 @@ class Engine:
         (count,) = self.topology.totals(self._said(float(batch.mask_BT.sum())))
 
         self.model.train()
+        if self.lowered:
+            return self._lowered_step(number, batch, max(count, 1.0), lr)
         heartbeat.beat(number, "forward and backward")
         with self.shards.outside_blocks():
             own_loss = self._accumulate(number, batch, max(count, 1.0))
@@ -124,6 +135,17 @@ class Engine:
         for p in self.parameters.values():
             p.clear_gradient(False)
         return result
+
+    def _lowered_step(self, number: int, batch: Batch, count: float, lr: float) -> StepResult:
+        """The same as one program, which leaves the update out itself if a gradient is not finite."""
+        assert self.lowered
+        heartbeat.beat(number, "run the program")
+        self.topology.seed(self.config.seed, "dropout", number, self.topology.replica)
+        inputs, labels, mask = _tensors(batch, slice(None))
+        own_loss, norm = self.lowered.step((inputs, labels, mask / count), lr)
+        (loss,) = self.topology.totals(self._said(own_loss))
+        require_finite(number, loss, norm)
+        return StepResult(loss, norm, lr, None)
 
     def _inputs(self, batch: Batch, rows: slice) -> tuple[paddle.Tensor, ...]:
         tensors = _tensors(batch, rows)
@@ -162,6 +184,8 @@ class Engine:
         Sums over all tokens, so a smaller last micro batch counts for what it is.
         """
         self.model.eval()
+        if self.lowered:
+            self.lowered.show()
         with self.shards.outside_blocks():
             total, counted = self._sum_losses(samples, batches)
         total, counted = self.topology.totals(self._said(total), self._said(counted))
@@ -206,7 +230,11 @@ class Engine:
     def state(self) -> tuple[Pieces, Pieces, dict[str, Any]]:
         """What this rank gives to a checkpoint: parameters in float32, slots of the optimizer, and the small rest."""
         here, shapes = self._answers_for(), parameter_shapes(self.config)
-        master, slots = optim.state_of(self.optimizer, self.owned)
+        if self.lowered:
+            self.lowered.show()
+            master, slots = {}, optim.logical(self.lowered.slots(), self.owned)
+        else:
+            master, slots = optim.state_of(self.optimizer, self.owned)
         values = {name: master.get(name, p) for name, p in self.owned.items()}
         if self.topology.placed:  # all replicas put together what they share out, one writes it
             values, slots = ({k: self.topology.placed.together(v) for k, v in d.items()} for d in (values, slots))
@@ -234,7 +262,10 @@ class Engine:
                 master[name] = value
         if slots is not None or keep_master:
             own = whole.own_slots(self.topology, self.owned, slots, shapes) if slots is not None else {}
-            optim.restore(self.optimizer, self.owned, own, master, self.topology.placed)
+            if self.lowered:
+                self.lowered.restore(optim.paddles(own, self.owned))
+            else:
+                optim.restore(self.optimizer, self.owned, own, master, self.topology.placed)
         if self.loss_scale and rest.get("loss_scale"):
             self.loss_scale = optim.LossScale(**rest["loss_scale"])
 

@@ -47,9 +47,9 @@ def _communicator(name: str, ranks: list[int], rank: int) -> None:
 
 
 def _instantiate(group: Any) -> None:
-    """In place of ``ProcessGroup.instantiate`` of the static engine."""
+    """In place of ``ProcessGroup.instantiate`` of the static engine; group 0 of all ranks is there already."""
     rank = dist.get_rank()
-    if not group._is_instantiate and group.nranks > 1 and rank in group.ranks:
+    if not group._is_instantiate and group.id and group.nranks > 1 and rank in group.ranks:
         _communicator(str(group.id), list(group.ranks), rank)
     group._is_instantiate = True
 

@@ -19,7 +19,7 @@ from gpt.data.tokens import Array
 
 def _on_cpu(x: Tensor) -> bool:
     """Whether the kernels of this project are to compute: not what the semi-auto engine places, nor in a program."""
-    return bool(paddle.in_dynamic_mode() and x.place.is_cpu_place() and not x.is_dist())
+    return bool(x.place.is_cpu_place() and not x.is_dist()) if paddle.in_dynamic_mode() else False
 
 
 def _apply(kernel: Any, *arguments: Any) -> Tensor:

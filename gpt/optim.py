@@ -185,20 +185,33 @@ class LossScale:
 
 
 def state_of(optimizer: Any, parameters: Tensors) -> tuple[Tensors, Tensors]:
-    """Float32 weights by logical name, where the optimizer keeps them, and slots by ``<logical name>.<slot>``.
-
-    Paddle's own keys depend on the order of construction.
-    """
-    by_paddle_name = sorted(((p.name, name) for name, p in parameters.items()), key=lambda pair: -len(pair[0]))
+    """Float32 weights by logical name, where the optimizer keeps them, and slots by ``<logical name>.<slot>``."""
     state = _inner(optimizer).state_dict()
     master = state.pop("master_weights", {})
+    state.pop("LR_Scheduler", None)
+    return {name: master[p.name] for name, p in parameters.items() if p.name in master}, logical(state, parameters)
+
+
+def logical(state: Tensors, parameters: Tensors) -> Tensors:
+    """Slots by ``<logical name>.<slot>``; Paddle's own keys depend on the order of construction."""
+    by_paddle_name = sorted(((p.name, name) for name, p in parameters.items()), key=lambda pair: -len(pair[0]))
     slots = {}
     for key, value in state.items():
-        if key == "LR_Scheduler":
-            continue
         owner, name = next((o, n) for o, n in by_paddle_name if key.startswith(f"{o}_"))
         slots[f"{name}.{key[len(owner) + 1 :]}"] = value
-    return {name: master[p.name] for name, p in parameters.items() if p.name in master}, slots
+    return slots
+
+
+def paddles(slots: dict[str, Any], parameters: Tensors) -> Tensors:
+    """The inverse of ``logical``, of arrays; slots of other parameters are left out."""
+    import paddle
+
+    state = {}
+    for name, p in parameters.items():
+        prefix = f"{name}."
+        for key in [k for k in slots if k.startswith(prefix) and "." not in k[len(prefix) :]]:
+            state[f"{p.name}_{key[len(prefix) :]}"] = paddle.to_tensor(slots[key])
+    return state
 
 
 def restore(
@@ -222,11 +235,7 @@ def restore(
             for key, value in values.items():
                 placed.put(there[key], paddle.to_tensor(value))
         return
-    state: dict[str, Any] = {}
-    for name, p in parameters.items():
-        prefix = f"{name}."
-        for key in [k for k in slots if k.startswith(prefix) and "." not in k[len(prefix) :]]:
-            state[f"{p.name}_{key[len(prefix) :]}"] = paddle.to_tensor(slots[key])
+    state: dict[str, Any] = paddles(slots, parameters)
     if master:
         state["master_weights"] = {p.name: paddle.to_tensor(master[n], dtype="float32") for n, p in parameters.items()}
     optimizer.set_state_dict(state)

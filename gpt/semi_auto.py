@@ -105,6 +105,10 @@ class Placed:
         whole = api.dtensor_from_local(part, self.mesh, self._along(mp=split_axis(tensor)))
         local(tensor).copy_(local(dist.reshard(whole, self.mesh, tensor.placements)), False)
 
+    def of_part(self, part: Tensor, where: list[Any]) -> Tensor:
+        """A tensor of which this rank has this part."""
+        return api.dtensor_from_local(part, self.mesh, where)
+
     def make_slots(self, optimizer: Any, parameters: list[Tensor]) -> None:
         """Let a new optimizer have its slots, in their places, before the first update."""
         optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)
