@@ -230,11 +230,7 @@ class Engine:
     def state(self) -> tuple[Pieces, Pieces, dict[str, Any]]:
         """What this rank gives to a checkpoint: parameters in float32, slots of the optimizer, and the small rest."""
         here, shapes = self._answers_for(), parameter_shapes(self.config)
-        if self.lowered:
-            self.lowered.show()
-            master, slots = {}, optim.logical(self.lowered.slots(), self.owned)
-        else:
-            master, slots = optim.state_of(self.optimizer, self.owned)
+        master, slots = self._optimizer_state()
         values = {name: master.get(name, p) for name, p in self.owned.items()}
         if self.topology.placed:  # all replicas put together what they share out, one writes it
             values, slots = ({k: self.topology.placed.together(v) for k, v in d.items()} for d in (values, slots))
@@ -243,6 +239,12 @@ class Engine:
         rest = {"loss_scale": asdict(self.loss_scale) if self.loss_scale else None}
         model, optimizer = (whole.pieces(self.topology, arrays, here, shapes) for arrays in (values, slots))
         return model, optimizer, rest
+
+    def _optimizer_state(self) -> tuple[dict[str, paddle.Tensor], dict[str, paddle.Tensor]]:
+        if not self.lowered:
+            return optim.state_of(self.optimizer, self.owned)
+        self.lowered.show()
+        return {}, optim.logical(self.lowered.slots(), self.owned)
 
     def load(self, model: Source, slots: Source | None, rest: dict[str, Any]) -> None:
         """Take over this rank's slices of a checkpoint; without ``slots`` the parameters only: moments start at 0.

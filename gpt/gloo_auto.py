@@ -27,17 +27,18 @@ def prepare(mesh: Any, rank: int) -> None:
     """Before the first tensor is placed on ``mesh``."""
     api.reshard = _reshard_without_scatter
     process_group.ProcessGroup.instantiate = _instantiate
+    paddle.set_flags({"FLAGS_new_executor_sequential_run": True})  # ranks must meet in the same order everywhere
     paddle._legacy_C_ops.barrier = lambda *_: None  # has no kernel; only keeps ranks together while groups are made
     for axis in mesh.dim_names:
         ranks = mesh.get_mesh_with_dim(axis).mesh.reshape(mesh.get_dim_size(axis), -1).T
         for group in ranks.tolist():
             if rank in group:
-                _communicator("/".join(map(str, ["ReshardGroup", *group])), group, rank)
+                _communicator("/".join(map(str, ["ReshardGroup", *group])), "dynamic", group, rank)
 
 
-def _communicator(name: str, ranks: list[int], rank: int) -> None:
-    """A Gloo communicator that the engine finds under ``name``, made when all its ranks are there."""
-    key = f"gpt/auto/{name}/{ranks[0]}"
+def _communicator(name: str, kind: str, ranks: list[int], rank: int) -> None:
+    """A Gloo communicator that the engine finds under ``name``, which may differ by rank, made when all are there."""
+    key = f"gpt/auto/{kind}/{'/'.join(map(str, ranks))}"
     gate = sockets.Gate(collective._default_store, f"{key}/gate", ranks.index(rank), len(ranks))
     store = _store(collective._default_store, key, ranks.index(rank))
     gate.enter()
@@ -47,11 +48,15 @@ def _communicator(name: str, ranks: list[int], rank: int) -> None:
 
 
 def _instantiate(group: Any) -> None:
-    """In place of ``ProcessGroup.instantiate`` of the static engine; group 0 of all ranks is there already."""
+    """In place of ``ProcessGroup.instantiate`` of the static engine: makes all that wait, in an order all ranks share.
+
+    Group 0, of all ranks, is there already.
+    """
     rank = dist.get_rank()
-    if not group._is_instantiate and group.id and group.nranks > 1 and rank in group.ranks:
-        _communicator(str(group.id), list(group.ranks), rank)
-    group._is_instantiate = True
+    for each in sorted(process_group.get_all_process_groups(), key=lambda each: list(each.ranks)):
+        if not each._is_instantiate and each.id and each.nranks > 1 and rank in each.ranks:
+            _communicator(str(each.id), "static", list(each.ranks), rank)
+        each._is_instantiate = True
 
 
 def _reshard_without_scatter(tensor: Any, mesh: Any, placements: list[Any]) -> Any:

@@ -1,8 +1,8 @@
 """The training step as a static program: what ``parallel.static=true`` makes of a placed model.
 
-Paddle's ``to_static`` traces the loss once, adds backward pass, clip and update, cuts the program for this rank and puts
-in what ranks exchange. From then on parameters and slots live in the program; the model gets a copy of them when it is
-asked for something else (``show``).
+Paddle's ``to_static`` traces the loss once, adds backward pass, clip and update, cuts the program for this rank and
+puts in what ranks exchange. From then on parameters and slots live in the program; the model gets a copy of them when
+it is asked for something else (``show``).
 """
 
 from __future__ import annotations

@@ -129,7 +129,6 @@ def build(
 def global_norm(parameters: list[paddle.Tensor]) -> float:
     """Root of the sum of squares of all gradients, in float32; one number for the host."""
     from gpt import ops
-
     from gpt.semi_auto import local
 
     gradients = [local(p.grad) for p in parameters if p.grad is not None]

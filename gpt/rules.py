@@ -29,6 +29,7 @@ from gpt.config import (
 from gpt.config_evaluate import Detokenizer, EvaluateKind
 from gpt.config_prepare import DocumentRule
 from gpt.rules_cluster import cluster_problems
+from gpt.rules_engine import engine_problems
 from gpt.rules_plan import plan_problems
 from gpt.text.request import Sampling
 
@@ -150,6 +151,7 @@ def rule_problems(config: Config) -> list[str]:
         *_ranges(config),
         *_model(config),
         *_parallel(config),
+        *engine_problems(config),
         *_batch(config),
         *_data(config),
         *plan_problems(config),

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gpt.config import Config, Device, DType
+from gpt.config import Config, Device, DType, EngineKind, Parallel, Task
 from gpt.files import conf_dir
 
 TESTED_PADDLE = ("3.3.1",)
@@ -116,6 +116,25 @@ def problems(config: Config, ranks: int) -> list[str]:
         found.append(
             f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "
             "matrix product on the CPU; use precision=fp32"
+        )
+    if device is Device.cpu and config.task is Task.pretrain and config.parallel.engine is EngineKind.auto:
+        found += _without_kernels(config.parallel)
+    return found
+
+
+def _without_kernels(parallel: Parallel) -> list[str]:
+    """What the semi-auto engine cannot do on a CPU of Paddle 3.3: docs/parallel.md has the programs that show it."""
+    found = []
+    if parallel.sharding_degree > 1 and parallel.sharding_stage == 3:
+        found.append(
+            "parallel.engine=auto parallel.sharding_stage=3 needs a GPU: Paddle has no all_to_all on the CPU; "
+            "use parallel.sharding_stage=2, or parallel.engine=fleet"
+        )
+    if parallel.static and parallel.mp_degree > 1 and parallel.dp_degree * parallel.sharding_degree > 1:
+        found.append(
+            f"parallel.static=true with parallel.mp_degree={parallel.mp_degree} and "
+            f"{parallel.dp_degree * parallel.sharding_degree} replicas needs a GPU: on the CPU the program of a mesh "
+            "with two axes computes other losses; use parallel.static=false"
         )
     return found
 

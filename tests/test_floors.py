@@ -41,7 +41,7 @@ FLOORS = [
         "gpt.plan.cost",
         "gpt.plan.summary",
     },
-    {"gpt.rules_cluster", "gpt.rules_plan"},
+    {"gpt.rules_cluster", "gpt.rules_plan", "gpt.rules_engine"},
     {"gpt.rules"},
     {"gpt.plan.search", "gpt.support", "gpt.text.listen", "gpt.text.desk", "gpt.text.bodies"},
     {"gpt.plan.verdict", "gpt.plan.choice", "gpt.text.server"},
@@ -71,8 +71,9 @@ FLOORS = [
     {"gpt.kernels", "gpt.sockets"},
     {"gpt.kernels_large", "gpt.cache"},
     {"gpt.kernels_decode"},
-    {"gpt.ops", "gpt.gloo", "gpt.tensor_parallel"},
-    {"gpt.optim", "gpt.topology"},
+    {"gpt.ops", "gpt.gloo", "gpt.tensor_parallel", "gpt.placements"},
+    {"gpt.semi_auto", "gpt.gloo_auto"},
+    {"gpt.optim", "gpt.topology", "gpt.lowered"},
     {"gpt.whole"},
     {"gpt.exchange", "gpt.sharding", "gpt.slices", "gpt.stages", "gpt.scores"},
     {"gpt.model", "gpt.runs", "gpt.weights.eight_bits"},
@@ -204,12 +205,12 @@ def test_workers_never_see_hydra() -> None:
 
 
 def test_the_cpu_adapter_is_imported_where_the_device_is_a_cpu_and_nowhere_else() -> None:
-    found = []
+    found, adapter = [], ("gloo", "gloo_auto")
     for path in [*Path(ROOT / "gpt").rglob("*.py"), *Path(ROOT / "launchers").rglob("*.py")]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.If):
-                inside = [n for n in node.body if isinstance(n, ast.ImportFrom) and n.names[0].name == "gloo"]
-                found += [(path.name, ast.unparse(node.test)) for _ in inside]
-        assert not any(isinstance(n, ast.ImportFrom) and n.names[0].name == "gloo" for n in tree.body), path
-    assert found == [("topology.py", "on_cpu")]
+                inside = [n for n in node.body if isinstance(n, ast.ImportFrom) and n.names[0].name in adapter]
+                found += [(path.name, n.names[0].name, ast.unparse(node.test)) for n in inside]
+        assert not any(isinstance(n, ast.ImportFrom) and n.names[0].name in adapter for n in tree.body), path
+    assert sorted(found) == [("topology.py", "gloo", "on_cpu"), ("topology.py", "gloo_auto", "on_cpu")]
