@@ -21,8 +21,8 @@ def engine_problems(config: Config) -> Iterator[str]:
         yield f"parallel.engine=auto places tensors on several ranks, and all degrees are 1: {fleet}"
     if parallel.pp_degree > 1:
         yield (
-            f"parallel.engine=auto does not go with parallel.pp_degree={parallel.pp_degree}: on a CPU a rank that meets "
-            f"a tensor of another stage ends with a segmentation fault: {fleet}"
+            f"parallel.engine=auto does not go with parallel.pp_degree={parallel.pp_degree}: on a CPU a rank that "
+            f"meets a tensor of another stage ends with a segmentation fault: {fleet}"
         )
     if parallel.sequence_parallel:
         yield f"parallel.engine=auto does not go with parallel.sequence_parallel=true: {fleet}"

@@ -29,7 +29,7 @@ JOB = [
     "trainer.save_every=0", "optimizer.clip_norm=0.3", "schedule.warmup_steps=4", "schedule.decay_steps=20",
     "optimizer.lr=1e-3", "cluster.device=cpu", "cluster.threads=1", "generate.max_new_tokens=1",
 ]  # fmt: skip
-BY_POSITION = "parallel.sequence_parallel=true"
+BY_POSITION, STATIC = "parallel.sequence_parallel=true", "parallel.static=true"
 PAIRS = ["model.layers=12", "trainer.global_batch_size=24", "trainer.micro_batch_size=1", "trainer.max_steps=5"]
 LAYOUTS = [
     ["single"], ["dp2"], ["mp2"], ["mp2", BY_POSITION], ["pp2"], ["pp4"], ["pp4", "parallel.virtual_pp_degree=2"],
@@ -37,6 +37,9 @@ LAYOUTS = [
     ["mp2_pp2"], ["mp2_pp2", BY_POSITION], ["dp2_mp2"], ["sharding2_stage2", "parallel.dp_degree=2"],
     ["sharding2_stage3", "parallel.mp_degree=2", BY_POSITION], ["dp2_mp2_pp2"], ["sharding2_mp2_pp2"], ["dp8"],
     ["single", "parallel.sharding_degree=8", "parallel.sharding_stage=2"],
+    ["auto_dp2"], ["auto_dp2", STATIC], ["auto_mp2"], ["auto_mp2", STATIC], ["auto_dp2_mp2"], ["auto_dp8"],
+    ["auto_sharding2"], ["auto_sharding2", STATIC], ["auto_sharding2", "parallel.sharding_stage=2"],
+    ["auto_sharding2", "parallel.sharding_stage=2", "parallel.mp_degree=2"],
 ]  # fmt: skip
 CHAIN = [
     ["dp2_mp2_pp2"], ["sharding2_stage3"], ["pp4", "parallel.virtual_pp_degree=2"], ["single"], ["mp2", BY_POSITION],

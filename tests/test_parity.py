@@ -50,6 +50,7 @@ def single(text: Path, *overrides: str) -> dict[str, Any]:
 
 STAGE_2, STAGE_3 = "parallel.sharding_stage=2", "parallel.sharding_stage=3"
 BY_POSITION = "parallel.sequence_parallel=true"
+STATIC = "parallel.static=true"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,8 @@ BY_POSITION = "parallel.sequence_parallel=true"
         ["sharding2", STAGE_2], ["sharding2", STAGE_3], ["sharding2", STAGE_3, "model.recompute=full"],
         ["sharding2", STAGE_2, "parallel.dp_degree=2"], ["sharding2", STAGE_3, "parallel.mp_degree=2"],
         ["mp2", BY_POSITION], ["mp2", BY_POSITION, "model.recompute=full"], ["mp2_pp2", BY_POSITION],
+        ["auto_dp2_mp2"], ["auto_sharding2", STAGE_2, "model.recompute=full"],
+        ["auto_sharding2", STATIC], ["auto_mp2", STATIC, "model.recompute=core_attn"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -119,24 +122,34 @@ def test_the_chunked_head_is_the_whole_one(text: Path) -> None:
     assert chunked["loss"] == pytest.approx(single(text, *NO_DROPOUT)["loss"][:FEW], rel=1e-5)
 
 
+def goes_on(text: Path, folder: Path, base: tuple[str, ...], chain: list[list[str]], steps: int) -> list[float]:
+    """Losses of a run that changes its topology every so many steps."""
+    got: list[float] = []
+    for parallel, *more in chain:
+        config, data, ranks = job(text, *base, f"parallel={parallel}", *more)
+        first = len(got) + 1
+        each = harness.run("ranks:go_on", ranks, config, data, str(folder), first, first + steps - 1)
+        assert all(one == each[0] for one in each)
+        got += each[0]
+    return got
+
+
 def test_a_checkpoint_of_one_topology_goes_on_under_another(text: Path, tmp_path: Path) -> None:
     base = (*NO_DROPOUT, "model.layers=8")
-    expected = single(text, *base)["loss"]
-    got: list[float] = []
-    chain = (
+    chain = [
         ["dp2_mp2_pp2"],
         ["sharding2_stage3"],
         ["pp4", "parallel.virtual_pp_degree=2"],
         ["single"],
         ["mp2", BY_POSITION],
-    )
-    for parallel, *more in chain:
-        config, data, ranks = job(text, *base, f"parallel={parallel}", *more)
-        first = len(got) + 1
-        each = harness.run("ranks:go_on", ranks, config, data, str(tmp_path), first, first + 3)
-        assert all(one == each[0] for one in each)
-        got += each[0]
-    assert got == pytest.approx(expected, rel=1e-5)
+    ]
+    assert goes_on(text, tmp_path, base, chain, 4) == pytest.approx(single(text, *base)["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_of_one_engine_goes_on_under_the_other(text: Path, tmp_path: Path) -> None:
+    chain = [["auto_mp2"], ["single"], ["auto_sharding2", STATIC], ["auto_sharding2"]]
+    expected = single(text, *NO_DROPOUT)["loss"][:8]
+    assert goes_on(text, tmp_path, NO_DROPOUT, chain, 2) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["mp2", "sharding2_stage3"])

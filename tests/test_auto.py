@@ -1,0 +1,73 @@
+"""Rules, names and annotation of the semi-auto engine; what it computes is in test_parity.py."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import SMALL, configured
+
+from gpt import placements, runs
+from gpt.config import Device, EngineKind, Task, UserError, plain
+from gpt.shapes import parameter_shapes
+from gpt.trained import _for_inference
+from launchers import host
+
+STATIC = "parallel.static=true"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel=dp2", STATIC], "add parallel.engine=auto"),
+        (["parallel=single", "parallel.engine=auto"], "all degrees are 1"),
+        (["parallel=pp2", "parallel.engine=auto"], "segmentation fault"),
+        (["parallel=auto_mp2", "parallel.sequence_parallel=true"], "sequence_parallel"),
+        (["parallel=auto_dp2", "parallel.sharding_degree=2"], "parallel.sharding_degree=4"),
+        (["parallel=auto_dp2", "optimizer.offload=true"], "optimizer.offload"),
+        (["parallel=auto_sharding2", "parallel.sharding_stage=2", STATIC], "use stage 1"),
+        (["parallel=auto_dp2", "precision=bf16", STATIC], "float32"),
+        (["parallel=auto_mp2", STATIC], "model.attention_dropout=0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_engine_is_not_asked_for_is_refused_with_a_remedy(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError, match="^1 problem, nothing was started") as caught:
+        configured([*SMALL, "trainer.global_batch_size=8", *overrides])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel=auto_sharding2", "parallel.sharding_stage=3"],
+        ["parallel=auto_dp2_mp2", STATIC, "model.attention_dropout=0"],
+    ],
+    ids=" ".join,
+)
+def test_what_has_no_kernel_on_a_cpu_is_refused_there(overrides: list[str]) -> None:
+    config = configured([*SMALL, *overrides])
+    config.cluster.device = Device.cpu
+    assert any("needs a GPU" in problem for problem in host.problems(config, 4))
+    config.task = Task.generate
+    assert not any("needs a GPU" in problem for problem in host.problems(config, 4))
+
+
+def test_a_run_of_fleet_is_named_as_before_there_was_a_choice_and_one_of_the_engine_differs() -> None:
+    fleet, auto = (plain(configured([*SMALL, f"parallel={name}"])) for name in ("dp2", "auto_dp2"))
+    before = {**fleet, "parallel": {k: v for k, v in fleet["parallel"].items() if k not in ("engine", "static")}}
+    assert runs.run_name(fleet, "dp2") == runs.run_name(before, "dp2")
+    assert runs.run_name(fleet, "x") != runs.run_name(auto, "x")
+
+
+def test_every_line_of_the_annotation_is_of_a_parameter_and_divides_it() -> None:
+    config = configured([*SMALL, "parallel=auto_mp2"])
+    shapes = parameter_shapes(config)
+    assert all(any(name.endswith(end) for name in shapes) for end in placements.SPLIT)
+    for name, shape in shapes.items():
+        axis = placements.split_axis(name)
+        assert axis is None or shape[axis] % 2 == 0
+    replicated = {name.rsplit(".", 2)[-2] for name in shapes if placements.split_axis(name) is None}
+    assert replicated == {"position", "norm", "norm1", "norm2", "out", "fc2"}  # of the last two the bias
+
+
+def test_weights_are_read_under_fleet() -> None:
+    assert _for_inference(configured([*SMALL, "parallel=auto_mp2"]).parallel).engine is EngineKind.fleet
