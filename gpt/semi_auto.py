@@ -15,6 +15,7 @@ import paddle.distributed as dist
 from paddle.distributed.auto_parallel import api
 
 from gpt import placements
+from gpt.config import Parallel
 from gpt.placements import MP, REPLICAS
 
 if TYPE_CHECKING:
@@ -48,13 +49,15 @@ class Placed:
     sharding_stage: int
 
     @classmethod
-    def on(cls, ranks: Any, rank: int, sharding_stage: int) -> Placed:
-        """The mesh of ``ranks``, an array [replicas, mp] of their numbers."""
-        place = dict(zip((REPLICAS, MP), (int(i) for i in np.argwhere(ranks == rank)[0]), strict=True))
-        axes = [name for name, size in zip((REPLICAS, MP), ranks.shape, strict=True) if size > 1]
-        mesh = dist.ProcessMesh(ranks.squeeze(), dim_names=axes)
+    def of(cls, parallel: Parallel, rank: int) -> Placed:
+        """The mesh of a rank; Fleet numbers ranks by replica first."""
+        replicas, mp = parallel.dp_degree * parallel.sharding_degree, parallel.mp_degree
+        axes = [name for name, size in ((REPLICAS, replicas), (MP, mp)) if size > 1]
+        mesh = dist.ProcessMesh(np.arange(replicas * mp).reshape(replicas, mp).squeeze(), dim_names=axes)
         dist.auto_parallel.set_mesh(mesh)
-        return cls(mesh, {name: place[name] for name in axes}, sharding_stage)
+        place = {REPLICAS: rank // mp, MP: rank % mp}
+        stage = parallel.sharding_stage if parallel.sharding_degree > 1 else 0
+        return cls(mesh, {name: place[name] for name in axes}, stage)
 
     def _along(self, **wanted: int | None) -> list[Any]:
         """Placements along the axes of the mesh: the tensor axis that is shared out, or None."""

@@ -336,15 +336,10 @@ def _join(config: Config) -> Any:
 
 
 def _place(config: Config, hcg: Any) -> Placed:
-    """The mesh that the semi-auto engine has this rank's tensors on: the replicas and mp ranks of its stage."""
+    """Where the semi-auto engine has this rank's tensors."""
     from gpt.semi_auto import Placed
 
-    parallel = config.parallel
-    degrees = parallel.dp_degree, parallel.pp_degree, parallel.sharding_degree, parallel.mp_degree
-    ranks_DPSM = np.arange(world_size(config)).reshape(degrees)  # Fleet's order of ranks
-    ranks = ranks_DPSM[:, hcg.get_stage_id()].reshape(-1, parallel.mp_degree)
-    stage = parallel.sharding_stage if parallel.sharding_degree > 1 else 0
-    placed = Placed.on(ranks, hcg.get_global_rank(), stage)
+    placed = Placed.of(config.parallel, hcg.get_global_rank())
     on_cpu = config.cluster.device is Device.cpu
     if on_cpu:
         from gpt import gloo_auto
