@@ -17,6 +17,8 @@ from gpt.config_cluster import Cluster
 from gpt.config_cluster import Device as Device  # noqa: PLC0414  # so that it can be had from here as well
 from gpt.config_evaluate import Evaluate
 from gpt.config_grid import Grid, Optuna, Report
+from gpt.config_parallel import EngineKind as EngineKind  # noqa: PLC0414  # these two as well
+from gpt.config_parallel import Parallel as Parallel  # noqa: PLC0414
 from gpt.config_plan import DeviceSpec, Plan
 from gpt.config_prepare import Prepare
 from gpt.config_text import Generate, Serve
@@ -104,13 +106,6 @@ class Resume(Enum):
     must = "must"
 
 
-class EngineKind(Enum):
-    """Who shares the model out: Fleet's layers and groups, or Paddle's semi-auto engine by ``gpt.placements``."""
-
-    fleet = "fleet"
-    auto = "auto"
-
-
 class WandbMode(Enum):
     """How W&B is reached."""
 
@@ -139,21 +134,6 @@ class Model:
     recompute: Recompute = MISSING
     no_recompute_layers: list[int] = MISSING
     loss_chunk: int = MISSING
-
-
-@dataclass
-class Parallel:
-    """Degrees; their product is the number of ranks. Replicas = dp_degree x sharding_degree."""
-
-    dp_degree: int = MISSING
-    sharding_degree: int = MISSING
-    sharding_stage: int = MISSING
-    mp_degree: int = MISSING
-    pp_degree: int = MISSING
-    virtual_pp_degree: int = MISSING
-    sequence_parallel: bool = MISSING
-    engine: EngineKind = EngineKind.fleet
-    static: bool = False  # of engine=auto: the step is lowered to a static program
 
 
 @dataclass

@@ -18,6 +18,7 @@ FLOORS = [
         "gpt.config_cluster",
         "gpt.config_evaluate",
         "gpt.config_grid",
+        "gpt.config_parallel",
         "gpt.config_plan",
         "gpt.config_prepare",
         "gpt.config_text",
