@@ -79,12 +79,14 @@ def resolve_device(config: Config) -> Device:
 
 
 def presets_up_to(ranks: int) -> list[str]:
-    """Names of the options of ``parallel`` that need no more ranks than that, the largest first."""
+    """Names of fleet's options of ``parallel`` that need no more ranks than that, the largest first."""
     sizes = {}
     for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
         degrees: Any = OmegaConf.load(path)
         if OmegaConf.missing_keys(degrees):
             continue  # parallel=auto
+        if degrees.get("engine") == "auto":
+            continue  # the same degrees in other hands
         sizes[path.stem] = math.prod([degrees.get(f"{name}_degree", 1) for name in ("dp", "sharding", "mp", "pp")])
     return sorted((name for name, size in sizes.items() if size <= ranks), key=lambda name: -sizes[name])
 
