@@ -53,7 +53,11 @@ def loss_and_norm(topology: Topology, loss: float, parameters: dict[str, Tensor]
     if topology.hcg is None:
         return loss, optim.global_norm(list(parameters.values()))
     if topology.placed:
-        counted = [p for p in parameters.values() if topology.placed.answers_for(p.grad)]
+        counted = [
+            p
+            for name, p in parameters.items()
+            if topology.placed.answers_for(p.grad) and not topology.is_tied_copy(name)
+        ]
     else:
         counted = [p for name, p in parameters.items() if topology.answers and counts(topology, name, p)]
     squares = optim.global_norm(counted) ** 2 if counted else 0.0

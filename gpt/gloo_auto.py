@@ -32,7 +32,7 @@ def prepare(mesh: Any, rank: int) -> None:
     for axis in mesh.dim_names:
         ranks = mesh.get_mesh_with_dim(axis).mesh.reshape(mesh.get_dim_size(axis), -1).T
         for group in ranks.tolist():
-            if rank in group:
+            if rank in group and len(group) > 1:
                 _communicator("/".join(map(str, ["ReshardGroup", *group])), "dynamic", group, rank)
 
 

@@ -1,6 +1,7 @@
 """The GPT as stages of a pipeline: the same parameters under the same names, shared out by layer.
 
-B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) runs it. The word table is on the first stage,
+B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) runs it, or that of
+the semi-auto engine (``gpt.pipeline_auto``). The word table is on the first stage,
 which looks up in it, and on the last, whose head is tied to it; their gradients are added up by the schedule.
 """
 
@@ -18,7 +19,9 @@ from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, Sha
 from gpt import ops
 from gpt.config import Config, padded_vocab
 from gpt.model import Block, initialise
+from gpt.pipeline_auto import Schedule
 from gpt.scores import label_scores
+from gpt.semi_auto import local
 from gpt.topology import Topology
 
 Micro = tuple[Tensor, tuple[Tensor, Tensor]]  # tokens BT; labels BT and the weights BT of their losses
@@ -100,7 +103,8 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         self._scored: list[tuple[Tensor, Tensor]] | None = None  # None: the loss is wanted, not every token's
         self._step: tuple[Any, ...] = ()
         self._begun: Counter[int] = Counter()  # micro batches of the step, by virtual stage
-        self.schedule = [fleet.distributed_model(self)]  # in a list: it holds this layer, not the other way round
+        # In a list: it holds this layer, not the other way round.
+        self.schedule = [Schedule(self) if topology.placed else fleet.distributed_model(self)]
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters of this rank by the names of the single model."""
@@ -136,8 +140,12 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
             return weight_BT.sum()
         x_MH = x_BTH.reshape([-1, m.hidden])
         loss = self.topology.head_loss(x_MH, table_VH, labels_BT.flatten(), weight_BT.flatten(), m.vocab, m.loss_chunk)
-        self.loss_sum += loss.item()
+        self.loss_sum += local(loss).item()
         return loss
+
+    def begin(self) -> None:
+        """The next micro batch is the first of the step."""
+        self._begun, self.loss_sum = Counter(), 0.0
 
     def forward_backward(self, micros: Iterable[Micro], step: tuple[Any, ...], scaler: Any) -> float:
         """All micro batches of a step, with gradients; returns the loss, which only the last stage knows.
@@ -147,9 +155,11 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
             step: what the dropout masks of the first micro batch are a function of; its last part counts up.
             scaler: of the loss, or None.
         """
-        self._step, self._begun, self.loss_sum = step, Counter(), 0.0
+        self._step = step
+        self.begin()
         (schedule,) = self.schedule
-        schedule.set_virtual_pipeline_rank(0)
+        if self.config.parallel.virtual_pp_degree > 1:
+            schedule.set_virtual_pipeline_rank(0)
         schedule.forward_backward_pipeline(iter(micros), scaler)
         return self.loss_sum
 

@@ -19,10 +19,10 @@ def engine_problems(config: Config) -> Iterator[str]:
         return  # they read weights under Fleet, see gpt.trained
     if world_size(config) == 1:
         yield f"parallel.engine=auto places tensors on several ranks, and all degrees are 1: {fleet}"
-    if parallel.pp_degree > 1:
+    if parallel.virtual_pp_degree > 1:
         yield (
-            f"parallel.engine=auto does not go with parallel.pp_degree={parallel.pp_degree}: on a CPU a rank that "
-            f"meets a tensor of another stage ends with a segmentation fault: {fleet}"
+            f"parallel.engine=auto gives a rank one stage, and parallel.virtual_pp_degree="
+            f"{parallel.virtual_pp_degree}: use parallel.virtual_pp_degree=1, or {fleet[4:]}"
         )
     if parallel.sequence_parallel:
         yield f"parallel.engine=auto does not go with parallel.sequence_parallel=true: {fleet}"
@@ -40,6 +40,11 @@ def engine_problems(config: Config) -> Iterator[str]:
 def _static(config: Config) -> Iterator[str]:
     """What is not lowered."""
     parallel, dynamic = config.parallel, "use parallel.static=false"
+    if parallel.pp_degree > 1:
+        yield (
+            f"parallel.static=true lowers a whole model, and with parallel.pp_degree={parallel.pp_degree} a rank has "
+            f"one stage of it: {dynamic}"
+        )
     if parallel.sharding_degree > 1 and parallel.sharding_stage > 1:
         yield f"parallel.static=true does not go with parallel.sharding_stage={parallel.sharding_stage}: use stage 1"
     if config.precision.dtype is not DType.fp32:

@@ -36,10 +36,10 @@ def split_axis(p: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class Placed:
-    """A rank's tensors on the mesh of its replicas and mp ranks.
+    """A rank's tensors on the mesh of its replicas and mp ranks; of a pipeline, those of its stage.
 
     Args:
-        mesh: axes ``REPLICAS`` and ``MP``, each only if it has more than one rank.
+        mesh: axes ``REPLICAS`` and ``MP``, each only if it has more than one rank; on one rank ``REPLICAS``.
         place_of: this rank's place along each axis.
         sharding_stage: what the replicas share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
     """
@@ -50,14 +50,19 @@ class Placed:
 
     @classmethod
     def of(cls, parallel: Parallel, rank: int) -> Placed:
-        """The mesh of a rank; Fleet numbers ranks by replica first."""
-        replicas, mp = parallel.dp_degree * parallel.sharding_degree, parallel.mp_degree
-        axes = [name for name, size in ((REPLICAS, replicas), (MP, mp)) if size > 1]
-        mesh = dist.ProcessMesh(np.arange(replicas * mp).reshape(replicas, mp).squeeze(), dim_names=axes)
-        dist.auto_parallel.set_mesh(mesh)
-        place = {REPLICAS: rank // mp, MP: rank % mp}
-        stage = parallel.sharding_stage if parallel.sharding_degree > 1 else 0
-        return cls(mesh, {name: place[name] for name in axes}, stage)
+        """The mesh of a rank; Fleet numbers ranks by dp, then pp, sharding and mp."""
+        dp, sharding, mp, pp = (getattr(parallel, f"{name}_degree") for name in ("dp", "sharding", "mp", "pp"))
+        ranks = np.arange(dp * pp * sharding * mp).reshape(dp, pp, sharding, mp).swapaxes(0, 1)
+        ranks = ranks.reshape(pp, dp * sharding, mp)
+        ((stage, replica, mp_rank),) = np.argwhere(ranks == rank).tolist()
+        axes = [name for name, size in ((REPLICAS, dp * sharding), (MP, mp)) if size > 1] or [REPLICAS]
+        shape = [dp * sharding if name == REPLICAS else mp for name in axes]
+        mesh = dist.ProcessMesh(ranks[stage].reshape(shape), dim_names=axes)
+        stages = dist.ProcessMesh(ranks.reshape(pp, *shape), dim_names=["pp", *axes])  # as Paddle's schedules call it
+        dist.auto_parallel.set_mesh(stages if pp > 1 else mesh)
+        place = {REPLICAS: replica, MP: mp_rank}
+        sharded = parallel.sharding_stage if sharding > 1 else 0
+        return cls(mesh, {name: place[name] for name in axes}, sharded)
 
     def _along(self, **wanted: int | None) -> list[Any]:
         """Placements along the axes of the mesh: the tensor axis that is shared out, or None."""

@@ -19,7 +19,8 @@ STATIC = "parallel.static=true"
     [
         (["parallel=dp2", STATIC], "add parallel.engine=auto"),
         (["parallel=single", "parallel.engine=auto"], "all degrees are 1"),
-        (["parallel=pp2", "parallel.engine=auto"], "segmentation fault"),
+        (["parallel=pp4", "parallel.virtual_pp_degree=2", "model.layers=8", "parallel.engine=auto"], "one stage"),
+        (["parallel=auto_pp2", STATIC], "use parallel.static=false"),
         (["parallel=auto_mp2", "parallel.sequence_parallel=true"], "sequence_parallel"),
         (["parallel=auto_dp2", "parallel.sharding_degree=2"], "parallel.sharding_degree=4"),
         (["parallel=auto_dp2", "optimizer.offload=true"], "optimizer.offload"),

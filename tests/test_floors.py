@@ -79,7 +79,7 @@ FLOORS = [
     {"gpt.exchange", "gpt.sharding", "gpt.slices", "gpt.stages", "gpt.scores"},
     {"gpt.model", "gpt.runs", "gpt.weights.eight_bits"},
     {"gpt.trained", "gpt.wandb_run", "gpt.text.choice", "gpt.text.growing", "gpt.text.prompts", "gpt.text.decoder"},
-    {"gpt.pipeline", "gpt.evaluation", "gpt.grid", "gpt.grid.cells"},
+    {"gpt.pipeline", "gpt.pipeline_auto", "gpt.evaluation", "gpt.grid", "gpt.grid.cells"},
     {"gpt.grid.folder", "gpt.grid.study"},
     {"gpt.grid.gather", "gpt.grid.seeds"},
     {"gpt.grid.sizes"},

@@ -60,7 +60,7 @@ STATIC = "parallel.static=true"
         ["sharding2", STAGE_2], ["sharding2", STAGE_3], ["sharding2", STAGE_3, "model.recompute=full"],
         ["sharding2", STAGE_2, "parallel.dp_degree=2"], ["sharding2", STAGE_3, "parallel.mp_degree=2"],
         ["mp2", BY_POSITION], ["mp2", BY_POSITION, "model.recompute=full"], ["mp2_pp2", BY_POSITION],
-        ["auto_dp2_mp2"], ["auto_sharding2", STAGE_2, "model.recompute=full"],
+        ["auto_dp2_mp2"], ["auto_pp2"], ["auto_sharding2", STAGE_2, "model.recompute=full"],
         ["auto_sharding2", STATIC], ["auto_mp2", STATIC, "model.recompute=core_attn"],
     ],
     ids=" ".join,
@@ -147,8 +147,8 @@ def test_a_checkpoint_of_one_topology_goes_on_under_another(text: Path, tmp_path
 
 
 def test_a_checkpoint_of_one_engine_goes_on_under_the_other(text: Path, tmp_path: Path) -> None:
-    chain = [["auto_mp2"], ["single"], ["auto_sharding2", STATIC], ["auto_sharding2"]]
-    expected = single(text, *NO_DROPOUT)["loss"][:8]
+    chain = [["auto_mp2"], ["pp2"], ["auto_pp2"], ["single"], ["auto_sharding2", STATIC], ["auto_sharding2"]]
+    expected = single(text, *NO_DROPOUT)["loss"][:12]
     assert goes_on(text, tmp_path, NO_DROPOUT, chain, 2) == pytest.approx(expected, rel=1e-5)
 
 
