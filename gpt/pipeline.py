@@ -1,8 +1,8 @@
 """The GPT as stages of a pipeline: the same parameters under the same names, shared out by layer.
 
-B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) runs it, or that of
-the semi-auto engine (``gpt.pipeline_auto``). The word table is on the first stage,
-which looks up in it, and on the last, whose head is tied to it; their gradients are added up by the schedule.
+B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) or the semi-auto engine's
+(``gpt.pipeline_auto``) runs it. The word table is on the first stage, which looks up in it, and on the last, whose head
+is tied to it; their gradients are added up by the schedule.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         self._step: tuple[Any, ...] = ()
         self._begun: Counter[int] = Counter()  # micro batches of the step, by virtual stage
         # In a list: it holds this layer, not the other way round.
-        self.schedule = [Schedule(self) if topology.placed else fleet.distributed_model(self)]
+        self.schedule: list[Any] = [Schedule(self) if topology.placed else fleet.distributed_model(self)]
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters of this rank by the names of the single model."""

@@ -1,8 +1,9 @@
 """What the semi-auto engine is told about the model: the whole of the annotation, by logical parameter name.
 
-Every parameter is placed on a mesh, of a pipeline on its stage's, whose axes are ``replicas`` (dp_degree x sharding_degree) and ``mp``. Along ``mp``
-it is shared out as this table says, or every rank has all of it; along ``replicas`` every rank has all of it, until a
-sharding stage shares it out too. What happens to activations the engine finds out by itself.
+Every parameter is placed on a mesh (of a pipeline: of its stage's ranks) whose axes are ``replicas`` (dp_degree x
+sharding_degree) and ``mp``. Along ``mp`` it is shared out as this table says, or every rank has all of it; along
+``replicas`` every rank has all of it, until a sharding stage shares it out too. What happens to activations the engine
+finds out by itself.
 """
 
 from __future__ import annotations

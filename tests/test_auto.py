@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import paddle.distributed as dist
 import pytest
 from conftest import SMALL, configured
 
-from gpt import placements, runs
+from gpt import cli, placements, runs
 from gpt.config import Device, EngineKind, Task, UserError, plain
+from gpt.semi_auto import Placed
 from gpt.shapes import parameter_shapes
 from gpt.trained import _for_inference
 from launchers import host
@@ -68,6 +72,26 @@ def test_every_line_of_the_annotation_is_of_a_parameter_and_divides_it() -> None
         assert axis is None or shape[axis] % 2 == 0
     replicated = {name.rsplit(".", 2)[-2] for name in shapes if placements.split_axis(name) is None}
     assert replicated == {"position", "norm", "norm1", "norm2", "out", "fc2"}  # of the last two the bias
+
+
+@pytest.mark.parametrize(
+    ("preset", "meshes"),
+    [
+        ("pp2", {0: [0], 1: [1]}),
+        ("dp2_mp2_pp2", {0: [[0, 1], [4, 5]], 3: [[2, 3], [6, 7]], 6: [[2, 3], [6, 7]]}),
+        ("sharding2_mp2_pp2", {0: [[0, 1], [2, 3]], 7: [[4, 5], [6, 7]]}),
+    ],
+)
+def test_a_rank_places_tensors_on_the_ranks_of_its_stage_only(
+    monkeypatch: pytest.MonkeyPatch, preset: str, meshes: dict[int, list[Any]]
+) -> None:
+    monkeypatch.setattr(dist.auto_parallel, "set_mesh", lambda mesh: None)
+    parallel = cli.job([f"parallel={preset}", "parallel.engine=auto"]).parallel
+    for rank, ranks in meshes.items():
+        placed = Placed.of(parallel, rank)
+        assert placed.mesh.mesh.tolist() == ranks
+        place = tuple(placed.place_of[name] for name in placed.mesh.dim_names)
+        assert placed.mesh.mesh[place] == rank
 
 
 def test_weights_are_read_under_fleet() -> None:
