@@ -55,8 +55,8 @@ class Schedule:
             self._train._initialize_stage(inputs[0], {}, wanted[0])
             self.model.begin()
         # ``step`` would cut the micro batches itself, across the replicas' rows.
-        self._train._stage.clear_runtime_states()
         self._train._step_microbatches(inputs, None, wanted)
+        self._train._stage.clear_runtime_states()
         for shared in self.model.shared_comm.values():  # the word table
             table = shared["layer"].weight
             self.places.sum_gradients({WORD: table})
