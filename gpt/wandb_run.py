@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gpt.config import Config, Parallel, Wandb, WandbMode, plain, world_size
+from gpt.config import Config, EngineKind, Parallel, Wandb, WandbMode, plain, world_size
 from gpt.provenance import git_revision, versions
 from gpt.runs import Job
 
@@ -67,7 +67,8 @@ def layout(parallel: Parallel) -> str:
         words.insert(1 + (parallel.dp_degree > 1), f"stage{parallel.sharding_stage}")
     words += [f"pp{parallel.pp_degree}"] if parallel.pp_degree > 1 else []
     words += [f"virtual{parallel.virtual_pp_degree}"] if parallel.virtual_pp_degree > 1 else []
-    return "_".join(words) or "single"
+    words = (["auto"] if parallel.engine is EngineKind.auto and words else []) + words
+    return "_".join([*words, *(["static"] if parallel.static else [])]) or "single"
 
 
 def about(job: Job) -> dict[str, Any]:

@@ -189,7 +189,7 @@ STUBBORN = "trap 'exit 130' INT; trap 'exit 143' TERM; echo ready; while :; do s
 def test_a_signal_is_passed_on_and_what_waits_is_not_started(
     number: signal.Signals, code: int, made: Callable[..., Pool], entry: Callable[..., Entry], tmp_path: Path
 ) -> None:
-    pool, sent = made(), False
+    pool, sent, before = made(), False, signal.getsignal(number)
 
     def look(running: list[Running]) -> None:
         nonlocal sent
@@ -202,7 +202,7 @@ def test_a_signal_is_passed_on_and_what_waits_is_not_started(
     assert noted(pool).ends in ([("one", code), ("two", code)], [("two", code), ("one", code)])
     assert pool.stopped_by is number
     assert "late" not in noted(pool).starts
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was before
+    assert signal.getsignal(number) is before
 
 
 def test_a_second_signal_ends_what_does_not_end(
