@@ -38,7 +38,8 @@ LAYOUTS = [
     ["sharding2_stage3", "parallel.mp_degree=2", BY_POSITION], ["dp2_mp2_pp2"], ["sharding2_mp2_pp2"], ["dp8"],
     ["single", "parallel.sharding_degree=8", "parallel.sharding_stage=2"],
     ["auto_dp2"], ["auto_dp2", STATIC], ["auto_mp2"], ["auto_mp2", STATIC], ["auto_dp2_mp2"], ["auto_dp8"],
-    ["auto_pp2"],
+    ["auto_pp2"], ["auto_pp2", "parallel.pp_degree=4"], ["auto_pp2", "parallel.sharding_degree=2"],
+    ["auto_pp2", "parallel.mp_degree=2"], ["dp2_mp2_pp2", "parallel.engine=auto"],
     ["auto_sharding2"], ["auto_sharding2", STATIC], ["auto_sharding2", "parallel.sharding_stage=2"],
     ["auto_sharding2", "parallel.sharding_stage=2", "parallel.mp_degree=2"],
 ]  # fmt: skip
