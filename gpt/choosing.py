@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from gpt import trained
 from gpt.config import Config, Device, Parallel, Task, UserError, accumulate_steps, global_batch_size, micro_batch_size
 from gpt.config_cluster import ClusterKind
+from gpt.config_parallel import degrees_name
 from gpt.config_plan import DeviceSpec
 from gpt.console import Console
 from gpt.files import conf_dir
@@ -100,21 +101,7 @@ def name(parallel: dict[str, Any], preset: str) -> str:
     if preset != "auto":
         return preset
     degrees = Parallel(**parallel)
-    return _preset(degrees) or layout_name(degrees)
-
-
-def layout_name(p: Parallel) -> str:
-    """Degrees as presets are called.
-
-    Example:
-        >>> layout_name(Parallel(2, 8, 3, 4, 1, 1, True))
-        'dp2_sharding8_stage3_mp4'
-    """
-    degrees = {"dp": p.dp_degree, "sharding": p.sharding_degree, "mp": p.mp_degree, "pp": p.pp_degree}
-    words = [f"{axis}{degree}" for axis, degree in degrees.items() if degree > 1]
-    stage = p.sharding_stage if p.sharding_degree > 1 else 1
-    at = next((i + 1 for i, word in enumerate(words) if word.startswith("sharding")), 0)
-    return "_".join([*words[:at], *([f"stage{stage}"] if stage > 1 else []), *words[at:]]) or "single"
+    return _preset(degrees) or degrees_name(degrees)
 
 
 def show(config: Config, console: Console) -> None:

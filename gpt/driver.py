@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt import choosing, evaluation, plan, planning, provenance, rules, rules_cluster, runs, trained, wandb_run
-from gpt.config import Config, Device, Task, UserError, world_size
+from gpt.config import Config, Task, UserError, world_size
 from gpt.config_cluster import ClusterKind
 from gpt.config_text import Split
 from gpt.console import Console
@@ -17,10 +17,10 @@ from gpt.data import corpus, vocabularies
 from gpt.data.corpus import Prepared
 from gpt.data.prepare import build
 from gpt.data.samples import Samples
+from gpt.files import short
 from gpt.grid import report
 from gpt.guard import FAILED
 from gpt.launching import JobFailed, launch, locked
-from gpt.plan import devices
 from gpt.runs import Job
 from gpt.text import listen, prompts
 from gpt.weights import exporting, importing
@@ -211,9 +211,7 @@ def _on_other_data(job: Job, config: Config, console: Console, kept: set[str]) -
 
 def _header(job: Job) -> list[tuple[str, str]]:
     config = job.config
-    known = devices.called(host.gpu_name()) if config.cluster.device is Device.gpu else None
-    chosen = config.device if config.device.name or not known else known
-    rows = dict(plan.summary(dataclasses.replace(config, device=chosen)))
+    rows = dict(plan.summary(dataclasses.replace(config, device=host.known_device(config))))
     entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
     role, ranks = group.hub().role, world_size(config)
     threads = config.cluster.threads or max(1, host.cores() // role.here(ranks))
@@ -230,7 +228,7 @@ def _header(job: Job) -> list[tuple[str, str]]:
         ("memory", rows["memory"].split(":")[0]),
         *([("time", rows["time"])] if "time" in rows else []),
         ("first loss", rows["first loss"]),
-        ("run", str(_short(job.run_dir))),
+        ("run", str(short(job.run_dir))),
     ]
 
 
@@ -240,10 +238,10 @@ def _sum_up(job: Job, console: Console) -> float | None:
     result = runs.read_result(job.run_dir) or {}
     picture = loss_curve(job.run_dir, job.config, job.data.unigram_entropy)
     rows = [(key, f"{value:,.4f}" if isinstance(value, float) else f"{value}") for key, value in result.items()]
-    rows.append(("loss curve", str(_short(picture))))
+    rows.append(("loss curve", str(short(picture))))
     console.table("done", rows)
     command, more = "python -m gpt.main", 2 * job.config.trainer.max_steps
-    run = f"hydra.run.dir={shlex.quote(str(_short(job.run_dir)))}"
+    run = f"hydra.run.dir={shlex.quote(str(short(job.run_dir)))}"
     console.next_commands(
         [
             (f"{command} task=generate {run} prompt='import '", "continue a prompt"),
@@ -260,11 +258,6 @@ def _sum_up(job: Job, console: Console) -> float | None:
 def _again(command: list[str]) -> str:
     """The command without the keys that are given anew."""
     return shlex.join(w for w in command if not w.startswith(("hydra.run.dir=", "trainer.max_steps=")))
-
-
-def _short(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _command(overrides: list[str]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -21,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt import __version__
-from gpt.files import write_atomic
+from gpt.files import append_json, write_atomic
 
 HERE = Path(__file__).resolve().parent.parent
 SOURCES = ("gpt", "launchers", "conf", "scripts")  # new files in them are part of the code
+GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # what the driver says of each
 MAX_DIFF = 4 << 20  # bytes; more is not an edit but a generated file
 GIT_SECONDS = 10.0
 NEW_FILES = ("ls-files", "-z", "--others", "--exclude-standard", "--", *SOURCES)
@@ -43,23 +43,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def gpu_names(folder: Path = GPU_FOLDER) -> list[str]:
+    """What the driver calls this host's GPUs."""
+    found = []
+    for path in sorted(folder.glob("*/information")):
+        with contextlib.suppress(OSError, StopIteration):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            found.append(next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")))
+    return found
+
+
 def machine() -> dict[str, Any]:
     """This host: its name, system, processor, cores that this process may use, and the driver's list of GPUs."""
     cpu = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    gpus = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        with contextlib.suppress(OSError, StopIteration):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            gpus.append(next(line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")))
     return {
         "host": platform.node(),
         "system": platform.platform(),
         "cpu": cpu or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpus": gpus,
+        "gpus": gpu_names(),
     }
 
 
@@ -128,7 +133,7 @@ def keep_code(run_dir: Path, here: Path = HERE) -> str | None:
 
 
 def note_start(run_dir: Path, command: Sequence[str], from_step: int, ranks: int) -> None:
-    """Append this start to ``starts.jsonl``, in one write."""
+    """Append this start to ``starts.jsonl``."""
     about = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": list(command),
@@ -142,8 +147,4 @@ def note_start(run_dir: Path, command: Sequence[str], from_step: int, ranks: int
         "machine": machine(),
     }
     with contextlib.suppress(OSError):
-        descriptor = os.open(run_dir / "starts.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, json.dumps(about).encode() + b"\n")
-        finally:
-            os.close(descriptor)
+        append_json(run_dir / "starts.jsonl", about)

@@ -1,4 +1,4 @@
-"""The rules of ``cluster``; called by ``gpt.rules``. What depends on this machine is in ``launchers.remote``."""
+"""The rules of ``cluster``; called by ``gpt.rules``. What depends on this machine is in ``launchers.slurm``."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from omegaconf import OmegaConf
 
 from gpt.config import Config, Resume, UserError, plain, typed
 from gpt.data.corpus import Prepared
-from gpt.files import Lock, write_json
+from gpt.files import Lock, json_lines, write_json
 from gpt.provenance import git_revision, machine, versions
 from gpt.rules import unknown_keys
 
@@ -258,14 +258,4 @@ def truncate_metrics(run_dir: Path, step: int) -> None:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All whole records of ``metrics.jsonl``."""
-    try:
-        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # a line that a crash tore
-    return records
+    return json_lines(run_dir / "metrics.jsonl")

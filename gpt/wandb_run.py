@@ -19,6 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gpt.config import Config, EngineKind, Parallel, Wandb, WandbMode, plain, world_size
+from gpt.config_parallel import degrees_name
+from gpt.files import short
 from gpt.provenance import git_revision, versions
 from gpt.runs import Job
 
@@ -55,20 +57,16 @@ def run_id(run_dir: Path) -> str:
 
 
 def layout(parallel: Parallel) -> str:
-    """The degrees above 1 in a word, whatever preset they come from.
+    """The degrees above 1, and who shares the model out, in a word, whatever preset they come from.
 
     Example:
-        >>> layout(Parallel(2, 4, 3, 1, 2, 1, False)), layout(Parallel(1, 1, 1, 1, 1, 1, False))
-        ('dp2_sharding4_stage3_pp2', 'single')
+        >>> layout(Parallel(2, 4, 3, 1, 2, 1, False)), layout(Parallel(1, 1, 1, 1, 4, 2, False))
+        ('dp2_sharding4_stage3_pp2', 'pp4_virtual2')
     """
-    degrees = (("dp", parallel.dp_degree), ("sharding", parallel.sharding_degree), ("mp", parallel.mp_degree))
-    words = [f"{name}{degree}" for name, degree in degrees if degree > 1]
-    if parallel.sharding_degree > 1 and parallel.sharding_stage > 1:
-        words.insert(1 + (parallel.dp_degree > 1), f"stage{parallel.sharding_stage}")
-    words += [f"pp{parallel.pp_degree}"] if parallel.pp_degree > 1 else []
+    words = ["auto"] if parallel.engine is EngineKind.auto else []
+    words.append(degrees_name(parallel))
     words += [f"virtual{parallel.virtual_pp_degree}"] if parallel.virtual_pp_degree > 1 else []
-    words = (["auto"] if parallel.engine is EngineKind.auto and words else []) + words
-    return "_".join([*words, *(["static"] if parallel.static else [])]) or "single"
+    return "_".join([*words, *(["static"] if parallel.static else [])])
 
 
 def about(job: Job) -> dict[str, Any]:
@@ -141,8 +139,7 @@ def commands(folder: Path) -> list[tuple[str, str]]:
     waiting = [path for path in folder.glob("offline-run-*") if path.is_dir() and not sent(path)]
     if not waiting:
         return []
-    here = Path.cwd()
-    shown = shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    shown = shlex.quote(str(short(folder)))
     return [
         (f"wandb leet {shown}", "its curves, in the terminal"),
         (f"wandb sync {shown}", f"send {len(waiting)} offline run(s) to W&B"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import math
@@ -13,10 +12,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gpt.config import Config, Device, DType, EngineKind, Parallel, Task
+from gpt.config_plan import DeviceSpec
 from gpt.files import conf_dir
+from gpt.plan import devices
+from gpt.provenance import GPU_FOLDER, gpu_names
 
 TESTED_PADDLE = ("3.3.1",)
-GPU_FOLDER = Path("/proc/driver/nvidia/gpus")  # what the driver says of each
 INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.paddlepaddle.org.cn/en/install/quick"
 
 
@@ -53,11 +54,13 @@ def gpus() -> int:
 
 def gpu_name() -> str:
     """What the driver calls the first GPU of this host; '' without one."""
-    for path in sorted(GPU_FOLDER.glob("*/information")):
-        with contextlib.suppress(OSError):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("Model:")), "")
-    return ""
+    return next(iter(gpu_names(GPU_FOLDER)), "")
+
+
+def known_device(config: Config) -> DeviceSpec:
+    """What is known of the devices of a job here: ``device=``, else what this host's GPU is called."""
+    called = devices.called(gpu_name()) if resolve_device(config) is Device.gpu and not config.device.name else None
+    return called or config.device
 
 
 def paddle_package() -> tuple[str, str] | None:

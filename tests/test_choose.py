@@ -14,6 +14,7 @@ from conftest import SMALL, Ran, composed, configured
 
 from gpt import choosing, cli, planning, runs, trained
 from gpt.config import Config, Device, Parallel, Recompute, UserError, global_batch_size, plain, world_size
+from gpt.config_parallel import degrees_name
 from gpt.console import Console
 from gpt.plan import choice, search
 from launchers import host
@@ -279,7 +280,7 @@ def test_a_run_has_the_chosen_degrees_and_goes_on_under_the_same_command(
     (run,) = (tmp_path / "outputs").glob("tiny_*")
     degrees = Parallel(**json.loads((run / "job.json").read_text())["config"]["parallel"])
     assert world_size(dataclasses.replace(configured([]), parallel=degrees)) == 2
-    assert run.name.startswith(f"tiny_{choosing.layout_name(degrees)}_")
+    assert run.name.startswith(f"tiny_{degrees_name(degrees)}_")
     again = gpt(*job)
     assert again.out.startswith("this run is done"), again.text
     refused = gpt(*small, "parallel=auto", "plan.devices=7")

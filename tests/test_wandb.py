@@ -179,7 +179,7 @@ def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
     cells = [Cell([seed], configured([seed]), tmp_path / seed, ["optimizer.lr=0.001", seed]) for seed in seeds]
     cells[1].config.logger.wandb.name = "mine"
     monkeypatch.setattr(composing, "compose", lambda *_: cells)
-    monkeypatch.setattr(launching, "_prepare", lambda *_: None)
+    monkeypatch.setattr(launching.away, "prepared", lambda *_: {})
 
     def run(cells: list[Cell], *_: Any, **__: Any) -> None:
         raise KeyboardInterrupt  # nothing is to be started here

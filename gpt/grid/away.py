@@ -30,8 +30,7 @@ def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Con
     """
     if _shown(cells, folder, console, array=True):
         return {cell.name: Outcome("shown") for cell in cells}
-    prepared = {_data(cell): cell.config for cell in cells if cell.trains}
-    found = {data: driver.prepared(config, console) for data, config in prepared.items()}
+    found = prepared(cells, console)
 
     def wanted(cell: Cell) -> bool:
         return not cell.trains or _makes_sense(cell, found[_data(cell)], console)
@@ -91,6 +90,16 @@ def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bo
         else:
             console.show(text)
     return True
+
+
+def prepared(cells: Sequence[Cell], console: Console) -> dict[str, Prepared]:
+    """Tokenise what is not yet, once, before many cells do it at a time; the data of those that train, by what it is.
+
+    Raises:
+        UserError: it does not do for a cell.
+    """
+    different = {_data(cell): cell.config for cell in cells if cell.trains}
+    return {data: driver.prepared(config, console) for data, config in different.items()}
 
 
 def _data(cell: Cell) -> str:

@@ -15,7 +15,7 @@ from gpt.config import Config, Device, Task, global_batch_size
 from gpt.console import Console
 from gpt.grid.cells import Cell, State
 from gpt.grid.folder import Folder
-from gpt.plan import cost, counts, devices, footprint
+from gpt.plan import cost, counts, footprint
 from gpt.plan.summary import duration, layout
 from launchers import host
 
@@ -92,9 +92,7 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 def _seconds(config: Config) -> float | None:
     """Predicted, of a whole cell; None if the device is not known."""
-    gpu = host.resolve_device(config) is Device.gpu
-    device = (devices.called(host.gpu_name()) if gpu and not config.device.name else None) or config.device
-    found = cost.cost(replace(config, device=device)) if config.task is Task.pretrain else None
+    found = cost.cost(replace(config, device=host.known_device(config))) if config.task is Task.pretrain else None
     return found.seconds * config.trainer.max_steps if found else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gpt import runs
 from gpt.config import Config, Resume, Task, UserError, plain, world_size
-from gpt.files import TEMPORARY
+from gpt.files import write_atomic
 
 LAST_BYTES = 8192  # hold a record
 
@@ -50,7 +50,7 @@ class Cell:
     def name(self) -> str:
         """What tells it from all others: its run, and for what is not training also the rest of its configuration,
         wherever it is computed."""
-        if self.config.task is Task.pretrain:
+        if self.trains:
             return self.run_dir.name
         kept = {key: value for key, value in plain(self.config).items() if key not in ("cluster", "dry_run", "grid")}
         text = json.dumps(kept, sort_keys=True)
@@ -77,7 +77,7 @@ class Cell:
 
     def left(self) -> State:
         """The same for who holds the run's lock. What is not training leaves no record there: it is new."""
-        if self.config.task is not Task.pretrain or self.config.trainer.resume is Resume.never:
+        if not self.trains or self.config.trainer.resume is Resume.never:
             return State.new
         result = runs.read_result(self.run_dir)
         if result is None:
@@ -96,7 +96,7 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """The newest record of its run; empty if there is none, or none is needed."""
-        if self.config.task is not Task.pretrain:
+        if not self.trains:
             return {}
         try:
             with open(self.run_dir / "metrics.jsonl", "rb") as file:
@@ -111,7 +111,7 @@ class Cell:
 
     def value(self) -> float | None:
         """What a sweeper minimises: the newest validation loss of its run, if it trains."""
-        if self.config.task is not Task.pretrain:
+        if not self.trains:
             return None
         result = runs.read_result(self.run_dir) or {}
         found = result.get("val/loss")
@@ -123,11 +123,7 @@ class Cell:
     def freeze(self, file: Path) -> None:
         """Write the command as it is now: what is edited in ``conf/`` later does not change it."""
         frozen = {"overrides": self.overrides, "run_dir": str(self.run_dir.resolve()), "config": plain(self.config)}
-        temporary = file.with_name(
-            f"{TEMPORARY}{file.name}-{os.getpid()}"
-        )  # no flush to disk: it is made anew each time
-        temporary.write_text(json.dumps({**frozen, "differs": self.differs}, indent=2), encoding="utf-8")
-        os.replace(temporary, file)
+        write_atomic(file, json.dumps({**frozen, "differs": self.differs}, indent=2), durable=False)
 
     @classmethod
     def thaw(cls, file: Path) -> Cell:

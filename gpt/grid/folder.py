@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config import Task
-from gpt.files import Lock, write_json
+from gpt.files import Lock, append_json, json_lines, write_json
 from gpt.grid.cells import Cell, State
 
 STOPPED = (130, 143, -2, -15)  # exit codes of what was asked to end
@@ -66,27 +66,12 @@ class Folder:
         return found
 
     def note(self, cell: str, event: str, **more: Any) -> None:
-        """Append an event; one write, so that lines of several drivers do not mix."""
-        line = json.dumps({"time": time.time(), "cell": cell, "event": event, **more}).encode() + b"\n"
-        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
+        """Append an event."""
+        append_json(self.path / "events.jsonl", {"time": time.time(), "cell": cell, "event": event, **more})
 
     def events(self) -> list[dict[str, Any]]:
         """All whole events."""
-        try:
-            lines = (self.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        return json_lines(self.path / "events.jsonl")
 
     def last_events(self) -> dict[str, dict[str, Any]]:
         """The last one of every cell."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from gpt import driver, planning, rules_cluster, wandb_run
-from gpt.config import Task, UserError
+from gpt import planning, rules_cluster, wandb_run
+from gpt.config import UserError
 from gpt.config_cluster import ClusterKind
 from gpt.console import Console
 from gpt.grid import away, checks, composing, report, running
 from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell
 from gpt.grid.folder import Folder, name_of
-from gpt.grid.running import Live
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
 from gpt.runs import LAUNCH_ONLY
@@ -29,7 +28,6 @@ def launch(
     loader: Any,
     master: DictConfig,
     all_overrides: Sequence[Sequence[str]],
-    watch: Callable[[list[Live]], None] | None = None,
     *,
     first: bool = True,
 ) -> list[JobReturn]:
@@ -39,7 +37,6 @@ def launch(
         loader: Hydra's config loader.
         master: the configuration of the whole grid.
         all_overrides: of every cell.
-        watch: is given what runs, twice a second.
         first: whether it is the first batch.
 
     Raises:
@@ -56,7 +53,7 @@ def launch(
     checks.together(cells, outputs)
     elsewhere = rules_cluster.is_away(cells[0].config)
     if not elsewhere:
-        _prepare(cells, console)
+        away.prepared(cells, console)
     arguments = list(master.hydra.overrides.task)
     folder = Folder(outputs / "grids" / (master.grid.name or name(arguments)))
     for cell in cells:
@@ -68,7 +65,7 @@ def launch(
             _results_are_there(cells[0], master)
             outcomes = away.grid(cells, folder, command, console)
         else:
-            outcomes = running.run(cells, folder, command, console, watch, first=first)
+            outcomes = running.run(cells, folder, command, console, first=first)
     finally:
         if not elsewhere or cells[0].config.cluster.wait:
             close(folder, console, show=first)
@@ -122,13 +119,6 @@ def _results_are_there(cell: Cell, master: DictConfig) -> None:
         raise UserError.of(
             ["this search chooses by results, so it has to wait for them: cluster=slurm cluster.wait=true"]
         )
-
-
-def _prepare(cells: list[Cell], console: Console) -> None:
-    """Tokenise what is not yet, once, before many do it at a time."""
-    training = [cell.config for cell in cells if cell.config.task is Task.pretrain]
-    for config in {f"{config.data} {config.checkpoint}": config for config in training}.values():
-        driver.prepared(config, console)
 
 
 def name(arguments: list[str]) -> str:

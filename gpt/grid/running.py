@@ -17,10 +17,10 @@ from gpt.grid.folder import STOPPED, Folder
 from gpt.guard import BAD_INPUT
 from gpt.launching import JobFailed
 from launchers import host
+from launchers.ending import SHOWN_LINES
 from launchers.pool import Entry, Pool, Running
 from launchers.slots import Slots
 
-SHOWN_LINES = 15  # of a cell that failed
 PRINTED_LINES = 40  # of one whose output is what it was started for
 SHOW_SECONDS = 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from gpt.grid.running import Live, Runner
 from gpt.grid.study import Proposal, Study
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
-from launchers.pool import Entry, Running
+from launchers.pool import ELSEWHERE_SECONDS, Entry, Running
 
 OF_THE_SEARCH = ("hparams=", "optuna.", "grid.", "yes=")  # what a trial alone does not need
 
@@ -51,8 +52,9 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
     trials = Study(folder.path, space, base.config.optuna)
     command = ["python", "-m", "gpt.main", *sys.argv[1:]]
 
+    @functools.cache
     def made(proposal: Proposal) -> Cell:
-        cell = composing.cell(composer, [*kept, *proposal.overrides], proposal.overrides, outputs)
+        cell = composing.cell(composer, [*kept, *proposal.overrides], list(proposal.overrides), outputs)
         launching.labelled(cell, folder)
         folder.add([cell], command)
         return cell
@@ -121,6 +123,8 @@ class Searcher(Runner):
         self.cells, self.outcomes = {}, {}
         self.base, self.trials, self.made = base, trials, made
         self.numbers: dict[str, list[int]] = {}  # of the trials of a cell that is on its way
+        self._read: dict[str, int] = {}  # the step up to which the study has been told of a cell
+        self._asked = 0.0
 
     def search(self) -> None:
         """All of it."""
@@ -130,7 +134,7 @@ class Searcher(Runner):
     def poll(self, running: list[Running], waiting: list[Entry]) -> None:
         """Also ask for more."""
         super().poll(running, waiting)
-        if not self.stopping and not waiting:
+        if not self.stopping and not waiting and time.monotonic() - self._asked > ELSEWHERE_SECONDS:
             self.pool.add(self._more())
 
     def ended(self, job: Running, code: int) -> bool:
@@ -151,16 +155,12 @@ class Searcher(Runner):
     def _more(self) -> list[Entry]:
         """Trials for the room there is; those whose run is done already are told at once."""
         entries: list[Entry] = []
-        room = (self.settings_of_search.parallel or max(1, self.count // self.base.ranks)) - len(self.numbers)
+        self._asked = time.monotonic()
+        room = (self.base.config.optuna.parallel or max(1, self.count // self.base.ranks)) - len(self.numbers)
         while len(entries) < room and (proposals := study.feed(self.trials, 1, self._free)):
             if entry := self._admit(proposals[0]):
                 entries.append(entry)
         return entries
-
-    @property
-    def settings_of_search(self) -> Any:
-        """``optuna:`` of the command."""
-        return self.base.config.optuna
 
     def _free(self, proposal: Proposal) -> bool:
         try:
@@ -190,12 +190,15 @@ class Searcher(Runner):
 
     def _watch(self, live: list[Live]) -> None:
         for each in live:
-            number = self.numbers[each.cell.name][0]
-            if self.trials.report(number, runs.read_metrics(each.cell.run_dir)):
+            name, step, every = each.cell.name, int(each.record.get("step", 0)), each.cell.config.trainer.eval_every
+            if step // max(1, every) <= self._read.get(name, 0) // max(1, every):
+                continue  # not evaluated since
+            self._read[name] = step
+            if self.trials.report(self.numbers[name][0], runs.read_metrics(each.cell.run_dir)):
                 each.prune()
 
     def _tell(self, name: str, *, pruned: bool = False) -> None:
-        cell = self.cells[name]
+        cell, self._asked = self.cells[name], 0.0  # there is room again
         value = cell.value() if cell.left() is State.done else None
         for number in self.numbers.pop(name):
             self.trials.finish(number, value, pruned=pruned)

@@ -27,7 +27,7 @@ class Proposal:
     """A trial: its number in the study, and what it sets."""
 
     number: int
-    overrides: list[str]
+    overrides: tuple[str, ...]
 
 
 def optuna() -> Any:
@@ -135,7 +135,7 @@ class Study:
         """Trials that an earlier or another driver began and that have no end yet."""
         running = (self._optuna.trial.TrialState.RUNNING,)
         return [
-            Proposal(trial.number, list(trial.user_attrs["overrides"]))
+            Proposal(trial.number, tuple(trial.user_attrs["overrides"]))
             for trial in self._study.get_trials(deepcopy=False, states=running)
             if trial.number not in self._open and "overrides" in trial.user_attrs
         ]
@@ -161,7 +161,7 @@ class Study:
         trial.set_user_attr("overrides", overrides)
         self._open[trial.number] = trial
         self._reported[trial.number] = 0
-        return Proposal(trial.number, overrides)
+        return Proposal(trial.number, tuple(overrides))
 
     def report(self, number: int, records: Iterable[Mapping[str, Any]]) -> bool:
         """Tell the validation losses so far; whether the trial is hopeless.
@@ -182,13 +182,13 @@ class Study:
         state = states.PRUNED if pruned else states.FAIL if value is None else states.COMPLETE
         self._study.tell(self._open.pop(number), None if pruned else value, state=state, skip_if_finished=True)
 
-    def best(self) -> tuple[float, list[str]] | None:
+    def best(self) -> tuple[float, tuple[str, ...]] | None:
         """The lowest validation loss of whole trials, and what that trial set."""
         whole = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,))
         if not whole:
             return None
         trial = min(whole, key=lambda each: each.value)
-        return float(trial.value), list(trial.user_attrs["overrides"])
+        return float(trial.value), tuple(trial.user_attrs["overrides"])
 
     def counts(self) -> dict[str, int]:
         """How many trials are whole, pruned, failed and unfinished."""

@@ -20,18 +20,18 @@ from gpt import rules_cluster
 from gpt.config import Resume, UserError
 from gpt.config_cluster import Cluster, ClusterKind
 from gpt.console import Console
-from gpt.files import Lock
+from gpt.files import Lock, short
 from gpt.grid.board import Outcome
 from gpt.grid.cells import Cell, State
 from gpt.grid.folder import STOPPED, Folder
 from gpt.guard import FAILED
 from gpt.launching import JobFailed
 from launchers import slurm
+from launchers.ending import SHOWN_LINES
 from launchers.slurm import Batch
 
 FIRST_POLL, LAST_POLL = 1.0, 15.0  # seconds between two looks at the queue, longer as time goes by
 STOPPED_BY_USER = 130
-SHOWN_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -166,21 +166,19 @@ def _numbers(watched: Sequence[Submitted]) -> list[str]:
 
 def _say_where(watched: Sequence[Submitted], folder: Folder, console: Console, *, array: bool) -> None:
     numbers, log = _numbers(watched), watched[0].folder.log(watched[0].cell.name)
-    page = (f"python -m gpt.main task=report report.path={_short(folder.path)}", "the page about it, at any time")
+    page = (
+        f"python -m gpt.main task=report report.path={short(folder.path.resolve())}",
+        "the page about it, at any time",
+    )
     console.next_commands(
         [
             (f"squeue --jobs={','.join(numbers)}", "what waits, what runs"),
-            (f"tail -F {_short(log)}", "output of " + ("a cell" if array else "the run")),
+            (f"tail -F {short(log.resolve())}", "output of " + ("a cell" if array else "the run")),
             (f"scancel {' '.join(numbers)}", "end it; ranks save first"),
             *([page] if array else []),
         ]
     )
     console.note("the same command submits what failed or was ended, and leaves alone what is queued or done")
-
-
-def _short(path: Path) -> Path:
-    here, path = Path.cwd(), path.resolve()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _wait(watched: Sequence[Submitted], outcomes: dict[str, Outcome], console: Console) -> None:

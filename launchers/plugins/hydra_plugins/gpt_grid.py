@@ -5,7 +5,7 @@ Hydra takes plugins from the package ``hydra_plugins`` only, and imports all of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -51,14 +51,7 @@ class GridSweeper(Sweeper):
 
 
 class PoolLauncher(Launcher):
-    """Side by side on this host, or as one array on a cluster.
-
-    Attributes:
-        watch: a sweeper that launches batch after batch into one grid may put a function here: it is given the
-            ``gpt.grid.running.Live`` cells twice a second, and may ``prune()`` one.
-    """
-
-    watch: Callable[[list[Any]], None] | None = None
+    """Side by side on this host, or as one array on a cluster."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what is needed."""
@@ -74,4 +67,4 @@ class PoolLauncher(Launcher):
         """
         from gpt.grid import launching
 
-        return launching.launch(self.loader, self.config, job_overrides, self.watch, first=initial_job_idx == 0)
+        return launching.launch(self.loader, self.config, job_overrides, first=initial_job_idx == 0)
