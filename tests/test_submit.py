@@ -210,7 +210,8 @@ def test_a_grid_on_slurm_goes_on_after_a_time_limit_and_no_step_is_computed_twic
     reached = metrics(run_dir)[-1]["step"]
     assert reached < steps
     wait_for(lambda: f"{job} PENDING" in told("squeue", "-h", "-r", "-o", "%i %T"))
-    told("scontrol", "update", f"JobId={job}", "StartTime=now")  # else two minutes after it left
+    # Else two minutes after it left; within the same second nodes still refuse it ("Job credential revoked").
+    told("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     end = gpt(*grid, "cluster.wait=true", env=env, timeout=300)
     assert end.code == 0, end.all
