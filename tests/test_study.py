@@ -14,7 +14,7 @@ import pytest
 from conftest import Ran, configured
 
 from gpt.config import UserError
-from gpt.config_grid import Optuna
+from gpt.config_grid import Optuna, Sampler
 from gpt.grid import study
 from gpt.grid.study import Proposal, Study
 
@@ -86,6 +86,16 @@ def test_a_search_finds_the_bottom_of_a_bowl_and_continues_where_it_was_stopped(
     assert best[0] < 0.2
     seen = [trial.params["optimizer.lr"] for trial in search._study.get_trials()]
     assert len(set(seen)) == 30  # the second start does not propose the first one's trials again
+
+
+def test_a_later_start_does_not_draw_the_first_trials_again(tmp_path: Path) -> None:
+    lr, drawn = space("optimizer.lr=interval(0,1)"), []
+    for trials in (3, 6):
+        search = Study(tmp_path / "g", lr, settings(trials=trials, sampler=Sampler.random))
+        while proposals := study.feed(search, 1, lambda proposal: True):
+            search.finish(proposals[0].number, 1.0)
+            drawn.append(proposals[0].overrides)
+    assert len(set(drawn)) == 6
 
 
 def test_a_trial_whose_driver_was_killed_is_offered_again_unless_somebody_is_at_it(tmp_path: Path) -> None:
