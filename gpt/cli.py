@@ -14,18 +14,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt import choosing, trained
-from gpt.config import Config, Task, UserError
-from gpt.files import cache_dir, conf_dir
+from gpt.config.derived import needs_checkpoint
+from gpt.config.rules import check, known_keys, suggest
+from gpt.config.schema import Config, Task
+from gpt.plan import auto_parallel
 from gpt.plan.devices import calibrated
-from gpt.rules import check, known_keys, suggest
-from gpt.runs import found_again, run_name
+from gpt.runs import source
+from gpt.runs.run_dir import find_existing, run_name
+from gpt.utils.errors import UserError
+from gpt.utils.files import cache_dir, conf_dir
 
-TRAINED = [task for task in Task if trained.reads_one(task)]
+TRAINED = [task for task in Task if needs_checkpoint(task)]
 FREE_TEXT = ("prompt", "generate.prompt", "notes")
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
@@ -39,7 +41,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    store.store(group="hydra/callbacks", name="gate", node={"gate": {"_target_": "gpt.cli.Gate"}})
+    store.store(
+        group="hydra/callbacks", name="gate", node={"gate": {"_target_": "hydra_plugins.gpt_grid.PreflightCallback"}}
+    )
     for group, name, plugin in (("launcher", "pool", "PoolLauncher"), ("sweeper", "grid", "GridSweeper")):
         store.store(group=f"hydra/{group}", name=name, node={"_target_": f"hydra_plugins.gpt_grid.{plugin}"})
 
@@ -51,16 +55,16 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 def name_of_run(composed: DictConfig, choices: dict[str, Any], overrides: Sequence[str], outputs: Path) -> str:
     """The run of a configuration, as it is called in ``outputs`` if it is there under another preset's name."""
-    config, _ = choosing.filled(composed, choices, overrides)
+    config, _ = auto_parallel.resolve_auto(composed, choices, overrides, source.config_of)
     resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(resolved, dict)
     plain = {str(key): value for key, value in resolved.items()}
-    return found_again(run_name(plain, choosing.name(plain["parallel"], str(choices.get("parallel")))), outputs)
+    return find_existing(run_name(plain, auto_parallel.name(plain["parallel"], str(choices.get("parallel")))), outputs)
 
 
 def _run_dir(*, _root_: DictConfig) -> str:
     if _root_.get("checkpoint") and _root_.task in TRAINED:
-        return str(trained.home(Path(str(_root_.checkpoint))))
+        return str(source.results_dir(Path(str(_root_.checkpoint))))
     return f"outputs/{_run_name(_root_=_root_)}"
 
 
@@ -69,7 +73,7 @@ def job_config(composed: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
-def examined(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
+def validate(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
     """The typed configuration with all degrees chosen, and all problems.
 
     Args:
@@ -78,23 +82,23 @@ def examined(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> tu
         overrides: of the command: what they name is not for ``parallel=auto`` to choose.
     """
     choices = dict(choices)
-    whole, problems = choosing.filled(composed, choices, overrides)
-    return (None, problems) if problems else check(choosing.for_task(whole, composed), choices)
+    whole, problems = auto_parallel.resolve_auto(composed, choices, overrides, source.config_of)
+    return (None, problems) if problems else check(auto_parallel.for_task(whole, composed), choices)
 
 
-def checked(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> Config:
+def validate_or_fail(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> Config:
     """The same.
 
     Raises:
         UserError: listing every problem.
     """
-    config, problems = examined(composed, choices, overrides)
+    config, problems = validate(composed, choices, overrides)
     if problems or config is None:
         raise UserError.of(problems)
     return config
 
 
-def job(overrides: list[str]) -> Config:
+def compose_job(overrides: list[str]) -> Config:
     """The typed configuration of a command line, for scripts.
 
     Raises:
@@ -103,25 +107,7 @@ def job(overrides: list[str]) -> Config:
     register()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
         composed = compose("config", overrides, return_hydra_config=True)
-    return checked(job_config(composed), composed.hydra.runtime.choices, overrides)
-
-
-class Gate(Callback):
-    """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""
-        from gpt import driver
-
-        try:
-            job = checked(job_config(config), config.hydra.runtime.choices, list(config.hydra.overrides.task))
-            if job.optuna.search:
-                raise UserError.of(["hparams=optuna makes many runs: add -m"])
-            driver.gate(job, Path(str(config.hydra.run.dir)))
-        except UserError as error:
-            fail(str(error))
-        except CONFIG_ERRORS as error:
-            fail(str(UserError.of([str(error)])))
+    return validate_or_fail(job_config(composed), composed.hydra.runtime.choices, overrides)
 
 
 def fail(message: str) -> None:
@@ -157,11 +143,11 @@ def _alone(override: str) -> str | None:
     return None
 
 
-def with_text_quoted(arguments: list[str]) -> list[str]:
+def quote_free_text(arguments: list[str]) -> list[str]:
     """The command's arguments, what is free text quoted as Hydra wants it: commas, brackets and spaces are text there.
 
     Example:
-        >>> with_text_quoted(["prompt=Hello, (world", "seed=1", "prompt='as it is'"])
+        >>> quote_free_text(["prompt=Hello, (world", "seed=1", "prompt='as it is'"])
         ['prompt="Hello, (world"', 'seed=1', "prompt='as it is'"]
     """
     found = []

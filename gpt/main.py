@@ -18,32 +18,33 @@ from hydra.core.hydra_config import HydraConfig  # noqa: E402
 from hydra.types import RunMode  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from gpt import cli, driver, ends, rules_cluster  # noqa: E402
-from gpt.config import UserError  # noqa: E402
-from gpt.files import conf_dir  # noqa: E402
-from gpt.grid import away  # noqa: E402
+from gpt import cli  # noqa: E402
+from gpt.config import cluster_rules  # noqa: E402
+from gpt.utils.errors import UserError  # noqa: E402
+from gpt.utils.files import conf_dir  # noqa: E402
+from launchers import driver, exit_codes, remote  # noqa: E402
 
 cli.register()
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
 def _composed(composed: DictConfig) -> float | None:
-    """A single run: a grid's cells are started as ``gpt.frozen``."""
+    """A single run: a grid's cells are started as ``launchers.sweep.run_cell``."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
         cli.fail("1 problem, nothing was started:\n  - hydra/launcher: grids run with hydra/launcher=pool, the default")
-    config = cli.checked(composed, hydra_config.runtime.choices, list(hydra_config.overrides.task))
+    config = cli.validate_or_fail(composed, hydra_config.runtime.choices, list(hydra_config.overrides.task))
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
-        if rules_cluster.is_away(config):
-            away.single(config, run_dir, list(hydra_config.overrides.task))
+        if cluster_rules.is_away(config):
+            remote.single(config, run_dir, list(hydra_config.overrides.task))
             _remove_if_empty(run_dir)  # shown, not submitted
             return None
         return driver.run(config, run_dir, list(hydra_config.overrides.task))
-    except ends.ERRORS as error:
+    except exit_codes.ERRORS as error:
         if isinstance(error, UserError):
             _remove_if_empty(run_dir)  # Hydra has made it by now
-        sys.exit(ends.said(error))
+        sys.exit(exit_codes.report_error(error))
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -55,11 +56,18 @@ def _remove_if_empty(folder: Path) -> None:
         folder.parent.rmdir()
 
 
+def _command() -> None:
+    try:
+        _composed()
+    except cli.CONFIG_ERRORS as error:
+        raise UserError(cli.explain(error, sys.argv[1:])) from error
+
+
 def main() -> None:
     """Run the command line."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with advice
-    sys.argv[1:] = cli.with_text_quoted(sys.argv[1:])
-    ends.run(_composed)
+    sys.argv[1:] = cli.quote_free_text(sys.argv[1:])
+    exit_codes.run(_command)
 
 
 if __name__ == "__main__":

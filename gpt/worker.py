@@ -20,16 +20,17 @@ from pathlib import Path
 ORPHAN_SECONDS = 60.0  # for a worker without its driver to save and end
 
 
-def watched() -> None:
+def start_monitoring() -> None:
     """Let the driver find out where we are, and do not outlive it, even if we wait for a rank that is gone.
 
     SIGTERM at the driver's death becomes a flag that the training loop reads; a rank that never leaves a collective
     never reads it, so a thread sees to the end as well.
     """
-    from gpt import guard, heartbeat
+    from gpt.utils import heartbeat
+    from gpt.utils import signals as utils_signals
 
     driver = int(os.environ.get("GPT_DRIVER_PID", os.getppid()))
-    guard.die_with_parent(driver)
+    utils_signals.die_with_parent(driver)
     faulthandler.register(signal.SIGUSR1)  # the stack goes to our log, whatever we are waiting for
     threading.Thread(target=_end_without, args=(driver,), daemon=True).start()
     heartbeat.begin(Path(sys.argv[1]) / "logs", int(os.environ.get("PADDLE_TRAINER_ID", "0")))
@@ -56,17 +57,17 @@ def import_paddle() -> None:
 
 def main() -> None:
     """Run the job's task; the exit code is the task's."""
-    watched()
-    from gpt import heartbeat
-    from gpt.guard import BAD_INPUT, FAILED, GUARD, GuardError, Signals
+    start_monitoring()
+    from gpt.utils import heartbeat
+    from gpt.utils.signals import BAD_INPUT, FAILED, GUARD, GuardError, Signals
 
     signals = Signals()  # from here on a signal is remembered, also during the imports
 
     heartbeat.beat(0, "import Paddle")
     import_paddle()
     signals.listen()
-    from gpt.config import UserError
-    from gpt.runs import Job
+    from gpt.runs.run_dir import Job
+    from gpt.utils.errors import UserError
 
     run_dir, job_file = Path(sys.argv[1]), Path(sys.argv[2])
     try:
@@ -87,10 +88,10 @@ def main() -> None:
         traceback.print_exc(file=sys.stdout)
         sys.stdout.flush()
         code = FAILED
-    leave(code)
+    exit_process(code)
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End this process; one of several ranks ends without taking its communication apart.
 
     The servers of Paddle's stores sometimes abort when they are destroyed, after all the work is done.

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from gpt import rules_cluster
-from gpt.config import Config, Device
+from gpt.config import cluster_rules
+from gpt.config.cluster import Device
+from gpt.config.schema import Config
 from launchers import nodes
 
 HEAD = "# Rendered by gpt cluster=kubernetes, checked against the operator's schema, not run here.\n"
@@ -38,7 +39,7 @@ def manifest(config: Config, name: str, given: Iterable[str]) -> dict[str, Any]:
         name: of the run.
         given: overrides of the command.
     """
-    cluster, ranks = config.cluster, rules_cluster.ranks_per_node(config)
+    cluster, ranks = config.cluster, cluster_rules.ranks_per_node(config)
     mount = cluster.mount or "/work"
     limits: dict[str, Any] = {"cpu": str(cluster.cpus or ranks)}
     if cluster.mem:
@@ -65,7 +66,7 @@ def manifest(config: Config, name: str, given: Iterable[str]) -> dict[str, Any]:
         volumes.append({"name": "work", "persistentVolumeClaim": {"claimName": cluster.claim}})
     about = {"name": named(name), **({"namespace": cluster.namespace} if cluster.namespace else {})}
     worker = {
-        "replicas": rules_cluster.nodes(config),
+        "replicas": cluster_rules.nodes(config),
         "restartPolicy": "OnFailure",
         "template": {
             # From SIGTERM to SIGKILL: a step, and a checkpoint.

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from gpt.config import Config, Task
-from launchers import host
-from launchers.ending import END_SECONDS, GRACE_SECONDS, READ_LINES, Outcome, Watched, blamed
-from launchers.places import Place
+from gpt.config.schema import Config, Task
+from gpt.utils import machine
+from launchers import checks
+from launchers.outcome import END_SECONDS, GRACE_SECONDS, READ_LINES, Outcome, RankHandle, root_cause
+from launchers.rank_env import RankEnv
 
 POLL_SECONDS = 0.05
 TRACE_SECONDS = 0.5  # for a stuck rank to write where it is
@@ -38,14 +39,14 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
     """
     foreign = ("PADDLE_", "FLAGS_selected_", "POD_", "TRAINING_ROLE", "HYDRA_FULL_ERROR")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-    threads = str(config.cluster.threads or max(1, host.cores() // ranks))
+    threads = str(config.cluster.threads or max(1, machine.cores() // ranks))
     root = str(Path(__file__).resolve().parent.parent)
     return {
         **kept,
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "MKL_DYNAMIC": "FALSE",
-        **host.mkl_settings(),
+        **checks.mkl_settings(),
         **(DECODING if config.task in (Task.generate, Task.serve) else {}),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "GLOG_minloglevel": "2",  # no news of the sockets of Paddle
@@ -83,7 +84,7 @@ class Worker:
     """A rank that runs here, in a session of its own so that all its processes can be reached at once."""
 
     def __init__(
-        self, command: list[str], place: Place, log: Path, env: dict[str, str], hand_over: tuple[int, ...]
+        self, command: list[str], place: RankEnv, log: Path, env: dict[str, str], hand_over: tuple[int, ...]
     ) -> None:
         self.rank = place.rank
         self.ended: float | None = None
@@ -140,13 +141,13 @@ class Worker:
 
 def run_workers(
     arguments: list[str],
-    places: Callable[[], list[Place]],
+    places: Callable[[], list[RankEnv]],
     log_dir: Path,
     env: dict[str, str],
     *,
     show: Callable[[str], None],
     poll: Callable[[], Outcome | None],
-    others: Sequence[Watched] = (),
+    others: Sequence[RankHandle] = (),
     hand_over: tuple[int, ...] = (),
     retry: bool = True,
 ) -> Outcome:
@@ -176,12 +177,12 @@ def run_workers(
 
 def _attempt(
     arguments: list[str],
-    places: list[Place],
+    places: list[RankEnv],
     log_dir: Path,
     env: dict[str, str],
     show: Callable[[str], None],
     poll: Callable[[], Outcome | None],
-    others: Sequence[Watched],
+    others: Sequence[RankHandle],
     hand_over: tuple[int, ...],
 ) -> Outcome:
     tail = Tail(log_dir / f"worker.{places[0].rank}.log")
@@ -203,28 +204,28 @@ def _attempt(
 
 def _watch(
     workers: list[Worker],
-    others: Sequence[Watched],
+    others: Sequence[RankHandle],
     tail: Tail,
     received: _Received,
     show: Callable[[str], None],
     poll: Callable[[], Outcome | None],
 ) -> Outcome:
     """Until all have ended well, or it is clear which one has not, or ``poll`` knows better."""
-    everyone: list[Watched] = [*workers, *others]
+    everyone: list[RankHandle] = [*workers, *others]
     while True:
         codes = [worker.code for worker in everyone]
         for line in tail.lines():
             show(line)
         verdict = poll()
-        failed = blamed(everyone, time.monotonic(), received.number)
+        failed = root_cause(everyone, time.monotonic(), received.number)
         if failed is not None:
             assert failed.code
             return Outcome(failed.code, failed.rank, failed.last_lines(), received.number)
         if all(code == 0 for code in codes):
             return Outcome(0)
         if verdict is not None:
-            halted = _halted(workers)
-            _trace(workers)
+            halted = _stopped_ranks(workers)
+            _dump_stacks(workers)
             return replace(verdict, reason=verdict.reason + halted)
         if received.number and time.monotonic() - received.since > GRACE_SECONDS:
             _stop(workers, signal.SIGKILL)
@@ -257,24 +258,24 @@ def _forwarded(workers: list[Worker]) -> Iterator[_Received]:
             signal.signal(number, handler)
 
 
-def _stop(workers: Sequence[Watched], number: signal.Signals) -> None:
+def _stop(workers: Sequence[RankHandle], number: signal.Signals) -> None:
     for worker in workers:
         worker.stop(number)
 
 
-def _halted(workers: Sequence[Worker]) -> str:
+def _stopped_ranks(workers: Sequence[Worker]) -> str:
     """Which ranks cannot go on, nor write where they are: a rank may be halted where it and all others beat last."""
     states = {"T": "stopped by a signal (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk"}
     return "".join(f". Rank {w.rank} is {states[w.state]}" for w in workers if w.state in states)
 
 
-def _trace(workers: Sequence[Worker]) -> None:
+def _dump_stacks(workers: Sequence[Worker]) -> None:
     """Let stuck ranks write where they are: ``gpt.worker`` answers SIGUSR1 with its stack, whatever it waits for."""
     _stop(workers, signal.SIGUSR1)
     time.sleep(TRACE_SECONDS)
 
 
-def _end(workers: Sequence[Watched]) -> None:
+def _end(workers: Sequence[RankHandle]) -> None:
     """End what still runs: first kindly."""
     running = [worker for worker in workers if worker.code is None]
     _stop(running, signal.SIGTERM)

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpt import rules_cluster
-from gpt.config import Config
-from gpt.config_cluster import ClusterKind
+from gpt.config import cluster_rules
+from gpt.config.cluster import ClusterKind
+from gpt.config.schema import Config
 
 ELSEWHERE = ("cluster", "dry_run")  # keys of the command that say where it runs, not what
 HERE = ("device", "threads", "hang_seconds")  # of the section cluster: what each host has to know
@@ -18,7 +18,7 @@ def overrides(given: Iterable[str], config: Config) -> list[str]:
     """The command's arguments as a host gets them: without what is only for who prints them.
 
     Example:
-        >>> from gpt.config import Config
+        >>> from gpt.config.schema import Config
         >>> overrides(["cluster=nodes", "cluster.hosts=[a,b]", "+cluster.device=cpu", "seed=1"], Config())
         ['cluster.device=cpu', 'seed=1']
     """
@@ -46,7 +46,7 @@ def commands(config: Config, given: Iterable[str], cwd: Path) -> list[tuple[str,
     cluster = config.cluster
     main = Path(__file__).resolve().parent.parent / "gpt" / "main.py"
     script = str(main.relative_to(cwd) if main.is_relative_to(cwd) else main)
-    ranks, words = rules_cluster.ranks_per_node(config), overrides(given, config)
+    ranks, words = cluster_rules.ranks_per_node(config), overrides(given, config)
     meet = ["--master", f"{cluster.hosts[0]}:{cluster.port}", "--nnodes", str(len(cluster.hosts))]
     found = []
     for number, host in enumerate(cluster.hosts):

@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt import rules_cluster
-from gpt.config import Config, Device, UserError
-from gpt.files import write_atomic, write_json
-from launchers.roles import Role
+from gpt.config import cluster_rules
+from gpt.config.cluster import Device
+from gpt.config.schema import Config
+from gpt.utils.errors import UserError
+from gpt.utils.files import write_atomic, write_json
+from gpt.utils.launch_env import LaunchEnvironment
 
 RETRIED = (1, 3)  # failed, or stopped by the guard; bad input stays bad
 STOPPED = 143  # after SIGTERM, saved
 SECONDS = 60.0  # for an answer of the controller
 
-# One task per node, which looks after its node's ranks (launchers.roles). The shell stays to see how they end:
+# One task per node, which looks after its node's ranks (launchers.rank_env). The shell stays to see how they end:
 # USR1 comes before the time limit (--signal), TERM with scancel, a requeue or a preemption, also to all ranks.
 BODY = """
 set -u
@@ -37,7 +39,7 @@ trap 'again=limit; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 {setup}
 for attempt in {attempts}; do
   note started ", \\"attempt\\": $attempt, \\"restarts\\": ${{SLURM_RESTART_COUNT:-0}}, \\"nodes\\": \\"$SLURM_JOB_NODELIST\\""
-  srun --kill-on-bad-exit=1 --export=ALL{srun} {python} -m gpt.frozen "$folder/cells/$name.json" >> "$folder/cells/$name.log" 2>&1 &
+  srun --kill-on-bad-exit=1 --export=ALL{srun} {python} -m launchers.sweep.run_cell "$folder/cells/$name.json" >> "$folder/cells/$name.log" 2>&1 &
   step=$!
   while kill -0 "$step" 2>/dev/null; do wait "$step"; done
   wait "$step"; code=$?
@@ -82,7 +84,7 @@ class Batch:
 def options(config: Config) -> list[str]:
     """What a job asks of Slurm, as options of sbatch; jobs that share them can be one array."""
     cluster = config.cluster
-    ranks = rules_cluster.ranks_per_node(config)
+    ranks = cluster_rules.ranks_per_node(config)
     gpus = ":".join(filter(None, ("gpu", cluster.gpu_type, str(ranks))))
     given = {
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
@@ -90,7 +92,7 @@ def options(config: Config) -> list[str]:
         "gres": gpus if cluster.device is Device.gpu else None,
     }  # fmt: skip
     return [
-        f"--nodes={rules_cluster.nodes(config)}",
+        f"--nodes={cluster_rules.nodes(config)}",
         "--ntasks-per-node=1",
         f"--cpus-per-task={cluster.cpus or ranks}",
         *(f"--{key}={value}" for key, value in given.items() if value),
@@ -110,7 +112,7 @@ def script(batch: Batch, where: Path, cwd: Path) -> str:
         cwd: the folder that relative paths of the configuration mean.
     """
     config, cluster = batch.config, batch.config.cluster
-    cpus = cluster.cpus or rules_cluster.ranks_per_node(config)
+    cpus = cluster.cpus or cluster_rules.ranks_per_node(config)
     at_a_time = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
     asked = [f"--job-name={batch.title}", *options(config), "--open-mode=append", f"--chdir={_quoted(cwd)}"]
     asked.append(f"--output={_quoted(where.with_suffix(''))}.{'%A_%a' if batch.array else '%j'}.txt")
@@ -143,7 +145,7 @@ def _quoted(path: Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
-def problems(config: Config, role: Role, env: Mapping[str, str]) -> list[str]:
+def problems(config: Config, role: LaunchEnvironment, env: Mapping[str, str]) -> list[str]:
     """Why this machine, or this shell, cannot submit.
 
     Args:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpt import heartbeat
-from gpt.heartbeat import Beat
+from gpt.utils import heartbeat
+from gpt.utils.heartbeat import Beat
 
 LOOK_EVERY_SECONDS = 0.5
 

@@ -29,9 +29,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.data import order, tokenizer, vocabularies  # noqa: E402
-from gpt.data.tokens import Array  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
+from gpt.data import sampler, tokenizer, tokenizer_files  # noqa: E402
+from gpt.utils.arrays import Array  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
 
 VARIANTS = {
     "ours": "`open_encoder`: tiktoken's engine",
@@ -212,11 +212,11 @@ def index_table(documents: int, mean: int, loop_documents: int) -> list[str]:
 
     def default() -> None:
         ends = np.cumsum(lens, dtype=np.int64)
-        count = order.windows(int(ends[-1]), SEQ_LEN)
-        order.permute(np.arange(512), count, 0, 0)
+        count = sampler.windows(int(ends[-1]), SEQ_LEN)
+        sampler.permute(np.arange(512), count, 0, 0)
 
-    samples = order.windows(total, SEQ_LEN)
-    tables = timed(lambda: order.megatron_index(lens, SEQ_LEN, samples, 1), 3 if documents < 10**7 else 1)
+    samples = sampler.windows(total, SEQ_LEN)
+    tables = timed(lambda: sampler.megatron_index(lens, SEQ_LEN, samples, 1), 3 if documents < 10**7 else 1)
     part = lens[:loop_documents]
     shuffled = np.random.RandomState(1).permutation(len(part))
     loop = timed(lambda: python_loop(part, shuffled, SEQ_LEN), 1) * documents / len(part)
@@ -241,7 +241,7 @@ def main() -> int:
         return 0
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as cache:
-        encoding = encoding_table(vocabularies.find("gpt2", Path(cache)), options.megabytes, options.rounds)
+        encoding = encoding_table(tokenizer_files.find("gpt2", Path(cache)), options.megabytes, options.rounds)
     index = index_table(1_000_000, 300, 1_000_000)
     index += index_table(50_000_000, 300, 1_000_000)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -25,10 +25,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.config import Config, Device, Task  # noqa: E402
-from gpt.data.tokens import Array  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
-from launchers import host, local  # noqa: E402
+from gpt.config.cluster import Device  # noqa: E402
+from gpt.config.schema import Config, Task  # noqa: E402
+from gpt.utils import machine  # noqa: E402
+from gpt.utils.arrays import Array  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
+from launchers import local  # noqa: E402
 from scripts.bench_train import ask, child_of, configuration  # noqa: E402
 
 VARIANTS = {
@@ -58,15 +60,15 @@ def ours(config: Config) -> Write:
     """Continues prompts by a number of tokens; returns how many it made."""
     import paddle
 
-    from gpt.model import GPT
-    from gpt.text.request import Sampling
-    from gpt.text.writer import ModelWriter
-    from gpt.topology import Topology
+    from gpt.config.sampling import Sampling
+    from gpt.inference.generator import Generator
+    from gpt.model.gpt import GPT
+    from gpt.parallel.topology import Topology
 
     paddle.set_device("cpu")
     model = GPT(config, Topology(config.parallel, Device.cpu))
     model.initialise()
-    writer = ModelWriter(model, Silent(), 0)
+    writer = Generator(model, Silent(), 0)
 
     def write(prompts: list[list[int]], new: int) -> int:
         found = writer.write(prompts, Sampling(new, min_new_tokens=new, temperature=0))
@@ -117,7 +119,7 @@ def serve(variant: str, arguments: argparse.Namespace) -> None:
 
 def start(variant: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     """A child in the environment of its variant."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(host.cores()), "GLIBC_TUNABLES": local.MALLOC}
+    env = {**os.environ, "OMP_NUM_THREADS": str(machine.cores()), "GLIBC_TUNABLES": local.MALLOC}
     if variant == "ours":
         config = configuration(arguments.model, 1, 0.0)
         config.task = Task.generate
@@ -181,7 +183,7 @@ def main() -> None:
     if arguments.write:
         command = f"```bash\npython scripts/bench_generate.py --rounds {arguments.rounds} --write\n```\n\n"
         about = (
-            f"Prompts of {arguments.prompt} tokens, {arguments.new} more after the first, float32, {host.cores()} "
+            f"Prompts of {arguments.prompt} tokens, {arguments.new} more after the first, float32, {machine.cores()} "
             f"cores; medians of {arguments.rounds} rounds in which the variants take turns.\n\n"
         )
         replace_section(ROOT / "docs/benchmarks.md", "bench_generate", command + about + "\n\n".join(tables))

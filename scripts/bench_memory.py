@@ -5,7 +5,7 @@
 
 Each row is a stage of a job of its own: every rank builds the engine and makes two steps on random tokens. 'Between
 steps' is what stays (weights, master weights, optimizer state), 'peak' the most at any moment, building included. The
-plan's are of ``gpt.plan.footprint``. The table goes into docs/plan-validation.md.
+plan's are of ``gpt.plan.memory``. The table goes into docs/plan-validation.md.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt import cli, plan  # noqa: E402
-from gpt.config import Config, global_batch_size, typed, world_size  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
-from gpt.plan import footprint  # noqa: E402
+from gpt import cli  # noqa: E402
+from gpt.config.derived import global_batch_size, typed, world_size  # noqa: E402
+from gpt.config.schema import Config  # noqa: E402
+from gpt.plan import flops, memory  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
 from scripts import rank_jobs  # noqa: E402
 
 MODEL = [
@@ -67,11 +68,11 @@ def serve(config: Config, answer: Path) -> None:
     """In a rank: train, and write what the allocator counted."""
     from paddle.base import core
 
-    from gpt.engine import Engine
-    from gpt.topology import Topology
-    from gpt.worker import leave
+    from gpt.parallel.topology import Topology
+    from gpt.train.trainer import Trainer
+    from gpt.worker import exit_process
 
-    engine = Engine(config, Topology.connect(config))
+    engine = Trainer(config, Topology.initialize(config))
     samples: Any = rank_jobs.RandomSamples(config)
     for number in range(1, STEPS + 1):
         engine.step(number, samples)
@@ -84,18 +85,18 @@ def serve(config: Config, answer: Path) -> None:
             }
         )
     )
-    leave(0)
+    exit_process(0)
 
 
 def rows(layout: list[str]) -> list[tuple[str, float, float]]:
     """Of every stage its line of the table, and the errors of both predictions."""
-    config = cli.job([*MODEL, *layout])
+    config = cli.compose_job([*MODEL, *layout])
     found = rank_jobs.answers(__file__, config)
     shown = [part for part in layout if part not in OTHER]
     names = " ".join(part.split("=", 1)[1] if part.startswith("parallel=") else part.split(".", 1)[1] for part in shown)
     names += ", other shape" if OTHER[0] in layout else ""
     lines = []
-    for stage, need in enumerate(footprint.stages(config)):
+    for stage, need in enumerate(memory.stages(config)):
         here = [rank for rank in found if rank["stage"] == stage]
         between, peak = max(rank["between"] for rank in here), max(rank["peak"] for rank in here)
         errors = need.between / between - 1, need.total / peak - 1
@@ -123,10 +124,10 @@ def main() -> None:
         rows(arguments.overrides)
         return
     found = [row for layout in LAYOUTS for row in rows(layout)]
-    config = cli.job(MODEL)
+    config = cli.compose_job(MODEL)
     m = config.model
     text = [
-        f"{plan.parameters(config):,} parameters ({m.layers} layers, {m.hidden} wide, vocabulary {m.vocab:,}), "
+        f"{flops.parameters(config):,} parameters ({m.layers} layers, {m.hidden} wide, vocabulary {m.vocab:,}), "
         f"{global_batch_size(config)} samples of {config.data.seq_len} tokens in micro batches of "
         f"{config.trainer.micro_batch_size}, float32, no dropout, unless a row says otherwise; MiB on the fullest rank "
         "of a stage. *Other shape*: 256 wide, 4 layers, 16 heads, vocabulary 20,000, micro batches of 2 x 512 tokens.",

@@ -21,10 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config, padded_vocab  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
-from gpt.plan import counts, footprint  # noqa: E402
-from gpt.plan.cost import cost  # noqa: E402
+from gpt.config.derived import padded_vocab  # noqa: E402
+from gpt.config.schema import Config  # noqa: E402
+from gpt.plan import flops as flop_counts  # noqa: E402
+from gpt.plan import memory  # noqa: E402
+from gpt.plan.step_time import cost  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "plan-validation.md"
 COMMON = ["data=tokens", "data.path=none", "trainer.max_steps=1"]
@@ -67,16 +69,16 @@ def count_rows() -> Iterator[str]:
     yield "| model | parameters: plan | counted | FLOPs a token, whole square: plan | counted | causal: plan |"
     yield "|---|---|---|---|---|---|"
     for path in sorted((ROOT / "conf" / "model").glob("*.yaml")):
-        config = cli.job([f"model={path.stem}", *COMMON])
+        config = cli.compose_job([f"model={path.stem}", *COMMON])
         found, flops = count_with_torch(config)
-        ours = counts.flops_per_token(config, causal=False)
-        parameters = counts.parameters(config)
+        ours = flop_counts.flops_per_token(config, causal=False)
+        parameters = flop_counts.parameters(config)
         assert (parameters, ours) == (found, flops), f"{path.stem}: {parameters, ours} and {found, flops}"
-        causal = counts.flops_per_token(config)
+        causal = flop_counts.flops_per_token(config)
         yield f"| {path.stem} | {parameters:,} | {found:,} | {ours:,.0f} | {flops:,.0f} | {causal:,.0f} |"
     for name, (hidden, layers, published) in GPT2.items():
-        config = cli.job([*shape(hidden, layers, hidden // 64, 50257, 1024), *COMMON])
-        ours = counts.parameters(config, padded=False)
+        config = cli.compose_job([*shape(hidden, layers, hidden // 64, 50257, 1024), *COMMON])
+        ours = flop_counts.parameters(config, padded=False)
         yield f"| GPT-2 {name}, not padded | {ours:,} | {published:,} (published) |  |  |  |"
 
 
@@ -101,7 +103,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The job."""
-        return cli.job([*self.overrides, *COMMON])
+        return cli.compose_job([*self.overrides, *COMMON])
 
 
 SOURCES = {
@@ -232,7 +234,7 @@ def published_rows() -> Iterator[str]:
     yield "|---|---|---|---|---|"
     for run in runs():
         if run.gib is not None:
-            need = footprint.memory(run.config).total / 2**30
+            need = memory.memory(run.config).total / 2**30
             yield f"| {run.name} | {run.source} | {run.gib:.1f} | {need:.1f} | {need / run.gib - 1:+.0%} |"
     yield ""
     yield from (f"- {key}: {text}" for key, text in SOURCES.items())

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.data import vocabularies  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
+from gpt.data import tokenizer_files  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
 
 
 def corpus(path: Path, size: int) -> int:
@@ -84,7 +84,7 @@ def main() -> None:
         folder = Path(name)
         documents = corpus(folder / "corpus.jsonl", arguments.megabytes * 10**6)
         size = (folder / "corpus.jsonl").stat().st_size / 1e6
-        tokenizer = vocabularies.find("gpt2", folder)
+        tokenizer = tokenizer_files.find("gpt2", folder)
         for workers in range(1, min(len(os.sched_getaffinity(0)), 2) + 1):
             output = folder / str(workers) / "x"
             seconds, driver, worker = measure(folder / "corpus.jsonl", output, tokenizer, workers)

@@ -1,4 +1,4 @@
-"""Pipelines on this machine's cores beside their simulation: does ``gpt.plan.simulation`` tell a step's time?
+"""Pipelines on this machine's cores beside their simulation: does ``gpt.plan.pipeline_simulation`` tell a step's time?
 
     python scripts/bench_schedule.py
 
@@ -29,11 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config, typed  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
-from gpt.plan.picture import draw  # noqa: E402
-from gpt.plan.schedule import Kind, bubble  # noqa: E402
-from gpt.plan.simulation import Event, Pipeline, Timeline, simulate  # noqa: E402
+from gpt.config.derived import typed  # noqa: E402
+from gpt.config.schema import Config  # noqa: E402
+from gpt.plan.pipeline_plot import draw  # noqa: E402
+from gpt.plan.pipeline_schedule import Kind, bubble  # noqa: E402
+from gpt.plan.pipeline_simulation import Event, Pipeline, Timeline, simulate  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
 from scripts import rank_jobs  # noqa: E402
 
 LAYERS, MICRO = 8, 2
@@ -62,11 +63,11 @@ class Step(NamedTuple):
 
 def serve(config: Config, answer: Path, *, held: bool) -> None:
     """In a rank: train, and write when each pass of each step began and ended."""
-    from gpt.engine import Engine
-    from gpt.topology import Topology
-    from gpt.worker import leave
+    from gpt.parallel.topology import Topology
+    from gpt.train.trainer import Trainer
+    from gpt.worker import exit_process
 
-    engine = Engine(config, Topology.connect(config))
+    engine = Trainer(config, Topology.initialize(config))
     samples: Any = rank_jobs.RandomSamples(config)
     passes: list[tuple[str, float, float]] = []
     (schedule,) = engine.model.schedule
@@ -75,13 +76,13 @@ def serve(config: Config, answer: Path, *, held: bool) -> None:
         setattr(schedule, name, _timed(getattr(schedule, name), kind, passes, hold))
     steps = []
     for number in range(1, (HELD_STEPS if held else STEPS) + 1):
-        engine.topology.totals(0.0)  # all ranks begin together
+        engine.topology.all_reduce_sum(0.0)  # all ranks begin together
         passes.clear()
         begin = time.perf_counter()
         engine.step(number, samples)
         steps.append(Step(begin, time.perf_counter(), list(passes)))
     answer.write_text(json.dumps(steps))
-    leave(0)
+    exit_process(0)
 
 
 def _held(schedule: Any, kind: str, config: Config, stage: int) -> float:
@@ -106,7 +107,7 @@ def measure(stages: int, micros: int, chunks: int, *, held: bool) -> list[list[S
     """By step, the quickest first, what each rank measured."""
     degrees = [f"parallel.pp_degree={stages}", f"parallel.virtual_pp_degree={chunks}"]
     model = [*MODEL, *(SMALL if held else [])]
-    config = cli.job([*model, "parallel=single", *degrees, f"trainer.global_batch_size={MICRO * micros}"])
+    config = cli.compose_job([*model, "parallel=single", *degrees, f"trainer.global_batch_size={MICRO * micros}"])
     more = ["--held"] if held else []
     by_rank = [[Step(*step) for step in steps] for steps in rank_jobs.answers(__file__, config, *more)]
     return sorted(map(list, zip(*by_rank, strict=True)), key=whole)[:QUICKEST]

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config, Device  # noqa: E402
+from gpt.config.cluster import Device  # noqa: E402
+from gpt.config.schema import Config  # noqa: E402
 
 VARIANTS = {
     "ours": "this project, as its launcher starts it",
@@ -44,11 +45,11 @@ def configuration(model: str, batch: int, dropout: float) -> Config:
         f"trainer.global_batch_size={batch}", f"model.dropout={dropout}", f"model.attention_dropout={dropout}",
         "cluster.device=cpu",
     ]  # fmt: skip
-    return cli.job(overrides)
+    return cli.compose_job(overrides)
 
 
 class RandomSamples:
-    """Stands in for ``gpt.data.samples.Samples``: the cost of reading is part of 'ours' by the same arrays."""
+    """Stands in for ``gpt.data.dataset.TokenDataset``: the cost of reading is part of 'ours' by the same arrays."""
 
     def __init__(self, config: Config) -> None:
         import numpy as np
@@ -59,7 +60,7 @@ class RandomSamples:
         """Some rows."""
         import numpy as np
 
-        from gpt.data.samples import Batch
+        from gpt.data.dataset import Batch
 
         rows = self.rows[[(first + i) % len(self.rows) for i in range(count)]]
         inputs = np.ascontiguousarray(rows[:, :-1])
@@ -82,18 +83,18 @@ def make_step(variant: str, config: Config) -> Callable[[], float]:
         trainer = PlainTrainer(config)
         return lambda: trainer.step(inputs, labels, mask)
 
-    from gpt import optim
-    from gpt.engine import Engine
-    from gpt.topology import Topology
+    from gpt.parallel.topology import Topology
+    from gpt.train import grad_norm
+    from gpt.train.trainer import Trainer
 
-    engine = Engine(config, Topology(config.parallel, Device.cpu))
+    engine = Trainer(config, Topology(config.parallel, Device.cpu))
     if variant == "bare":
         parameters = list(engine.parameters.values())
 
         def bare() -> float:
             loss = engine.model.loss(inputs, labels, mask, float(mask.size))
             loss.backward()
-            optim.clip(parameters, optim.global_norm(parameters), config.optimizer.clip_norm)
+            grad_norm.clip(parameters, grad_norm.global_norm(parameters), config.optimizer.clip_norm)
             engine.optimizer.step()
             engine.optimizer.clear_grad(set_to_zero=False)
             return float(loss.item())
@@ -107,8 +108,8 @@ def _our_loop(config: Config, engine: Any, samples: Any) -> Callable[[], float]:
     """What the training loop does around a step, too: record, metrics.jsonl, a line."""
     import tempfile
 
-    from gpt.log import Jsonl
-    from gpt.meter import Meter
+    from gpt.train.loggers.base import Jsonl
+    from gpt.train.metrics import Meter
 
     meter, sink, number = Meter(config), Jsonl(Path(tempfile.mkdtemp()) / "metrics.jsonl"), 0
 
@@ -161,12 +162,13 @@ def serve(variant: str, config: Config) -> None:
 
 def start(variant: str, arguments: argparse.Namespace, config: Config) -> subprocess.Popen[str]:
     """Start a child in the environment of its variant."""
-    from launchers import host, local
+    from gpt.utils import machine
+    from launchers import local
 
     if variant == "plain":
         env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_", "GLIBC_"))}
     elif variant == "hf":
-        env = {**os.environ, "OMP_NUM_THREADS": str(host.cores()), "GLIBC_TUNABLES": local.MALLOC}
+        env = {**os.environ, "OMP_NUM_THREADS": str(machine.cores()), "GLIBC_TUNABLES": local.MALLOC}
     else:
         env = local.environment(config, 1, live=False)
     options = ["--model", arguments.model, "--batch", str(arguments.batch), "--dropout", str(arguments.dropout)]

@@ -20,13 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli  # noqa: E402
-from gpt.config import plain, typed  # noqa: E402
-from gpt.files import write_json  # noqa: E402
+from gpt.config.derived import plain, typed  # noqa: E402
 from gpt.plan.devices import CALIBRATION, calibration_file  # noqa: E402
-from launchers import host, local, places  # noqa: E402
+from gpt.utils import machine  # noqa: E402
+from gpt.utils.files import write_json  # noqa: E402
+from launchers import local, rank_env  # noqa: E402
 
 SIZE = 1536  # of square products
-ELEMENTS = 1 << 25  # of a pass over memory, and of an exchange: 128 MiB, as a bucket of gpt.exchange
+ELEMENTS = 1 << 25  # of a pass over memory, and of an exchange: 128 MiB, as a bucket of gpt.parallel.gradients
 TRIES = 12
 
 
@@ -41,11 +42,11 @@ def fastest(work: Callable[[], object]) -> float:
 
 
 def compute() -> dict[str, float]:
-    """TFLOP/s of Paddle's float32 product and GB/s of a pass of ``gpt.kernels`` (one array read, one written)."""
+    """Measure TFLOP/s of Paddle's float32 product and GB/s of a CPU kernel's pass (one array read, one written)."""
     import numpy as np
     import paddle
 
-    from gpt.kernels import over_rows, tiles
+    from gpt.model.cpu_kernels import over_rows, tiles
 
     a, b = (paddle.randn([SIZE, SIZE]) for _ in range(2))
     product = fastest(lambda: paddle.matmul(a, b).numpy()[0, 0])
@@ -60,13 +61,13 @@ def compute() -> dict[str, float]:
 
 
 def exchange(job: str) -> dict[str, float]:
-    """GB/s that a rank of two sends while they add up 128 MiB, as ``gpt.exchange`` does."""
+    """GB/s that a rank of two sends while they add up 128 MiB, as ``gpt.parallel.gradients`` does."""
     import paddle
     import paddle.distributed as dist
 
-    from gpt.topology import Topology
+    from gpt.parallel.topology import Topology
 
-    topology = Topology.connect(typed(json.loads(job)))
+    topology = Topology.initialize(typed(json.loads(job)))
     flat = paddle.ones([ELEMENTS])
     (group,) = topology.gradient_groups
     seconds = fastest(lambda: dist.all_reduce(flat, group=group))
@@ -75,18 +76,18 @@ def exchange(job: str) -> dict[str, float]:
 
 def serve(what: str, job: str, answer: Path) -> None:
     """In a process of its own, whose threads are set by its environment."""
-    from gpt.worker import leave
+    from gpt.worker import exit_process
 
     answer.write_text(json.dumps(compute() if what == "compute" else exchange(job)))
-    leave(0)
+    exit_process(0)
 
 
 def run(what: str, ranks: int) -> dict[str, float]:
     """Start ``ranks`` processes, each in the environment of a worker, and return what the first measured."""
-    config = cli.job([*([f"parallel=dp{ranks}"] if ranks > 1 else []), "cluster.device=cpu"])
+    config = cli.compose_job([*([f"parallel=dp{ranks}"] if ranks > 1 else []), "cluster.device=cpu"])
     with tempfile.TemporaryDirectory() as folder:
         started = []
-        for rank, place in enumerate(places.here(ranks, gpu=False)):
+        for rank, place in enumerate(rank_env.here(ranks, gpu=False)):
             answer, log = (str(Path(folder, f"{rank}.{ending}")) for ending in ("json", "log"))
             command = [sys.executable, "-W", "ignore", __file__, "--serve", what, json.dumps(plain(config)), answer]
             env = {**local.environment(config, ranks, live=False), **(place.variables() if ranks > 1 else {})}
@@ -103,14 +104,14 @@ def main() -> None:
     """Measure, store, say."""
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
-    memory = host.memory_gib()
+    memory = machine.memory_gib()
     found = {"memory_gib": memory, **run("compute", 1), **run("exchange", 2)}
     assert set(found) == set(CALIBRATION)
     file = calibration_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**found, "cores": host.cores(), "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    write_json(file, {**found, "cores": machine.cores(), "measured": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     print(
-        f"{host.cores()} cores: {found['fp32_tflops'] * 1000:,.0f} GFLOP/s in float32 products, "
+        f"{machine.cores()} cores: {found['fp32_tflops'] * 1000:,.0f} GFLOP/s in float32 products, "
         f"{found['bandwidth_gb_s']:.1f} GB/s of memory, {found['link_gb_s']:.2f} GB/s between two ranks, "
         f"{memory:.1f} GiB: {file}"
     )

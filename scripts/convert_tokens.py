@@ -22,8 +22,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.config import UserError  # noqa: E402
-from gpt.data import megatron, tokens  # noqa: E402
+from gpt.data import token_files  # noqa: E402
+from gpt.utils.errors import UserError  # noqa: E402
 
 COMPANIONS = ("_manifest.json", "_tokenizer.json", "_tokenizer.model")  # what goes with a prepared set
 
@@ -34,19 +34,23 @@ def convert(source: str, out: str) -> str:
     Raises:
         UserError: the source is damaged, or there is something at ``out`` already.
     """
-    from_megatron = tokens.paths_of(source)[0].suffix == ".bin"
-    endings, write = (("_ids.npy", "_idx.npz"), tokens.write) if from_megatron else ((".bin", ".idx"), megatron.write)
+    from_megatron = token_files.paths_of(source)[0].suffix == ".bin"
+    endings, write = (
+        (("_ids.npy", "_idx.npz"), token_files.write)
+        if from_megatron
+        else ((".bin", ".idx"), token_files.write_megatron)
+    )
     there = [f"{out}{ending}" for ending in endings if Path(f"{out}{ending}").exists()]
     if there:
         raise UserError(f"{' and '.join(there)} exists already: choose another name or remove it")
-    ids, lens, docs = tokens.read(source)
-    largest = tokens.load(source).largest_id()
+    ids, lens, docs = token_files.read(source)
+    largest = token_files.load(source).largest_id()
     if largest > np.iinfo(np.int32).max:
         raise UserError(f"{source}: token number {largest} does not fit int32")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     paths = write(out, ids, lens, docs, np.uint16 if largest < 1 << 16 else np.int32)
-    bare = str(tokens.paths_of(source)[0]).removesuffix("_ids.npy").removesuffix(".bin")
+    bare = str(token_files.paths_of(source)[0]).removesuffix("_ids.npy").removesuffix(".bin")
     for ending in COMPANIONS:
         if Path(f"{bare}{ending}").is_file() and Path(bare).resolve() != Path(out).resolve():
             shutil.copyfile(f"{bare}{ending}", f"{out}{ending}")

@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.config import UserError  # noqa: E402
-from gpt.data import download, tokens  # noqa: E402
-from gpt.files import conf_dir  # noqa: E402
+from gpt.data import download, token_files  # noqa: E402
+from gpt.utils.errors import UserError  # noqa: E402
+from gpt.utils.files import conf_dir  # noqa: E402
 
 TRIES, PAUSE_SECONDS = 6, 1.0
 
@@ -54,8 +54,8 @@ def run(overrides: Sequence[str]) -> None:
             raise UserError(f"{path}: {wrong}, as noted when it was downloaded: remove it to download it again")
         checked = "checked" if file.sha256 else "no published SHA-256 to check; noted"
         print(f"  {'downloaded' if fresh else 'there already'}, {found.bytes:,} bytes, {found.sha256} ({checked})")
-    for prefix in tokens.prefixes_at(str(folder)):
-        token_set = tokens.load(prefix)
+    for prefix in token_files.prefixes_at(str(folder)):
+        token_set = token_files.load(prefix)
         print(f"data=tokens data.path={prefix}: {len(token_set.ids):,} tokens in {token_set.documents:,} documents")
 
 

@@ -20,11 +20,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.config import UserError  # noqa: E402
-from gpt.data import corpus, tokenizer, tokens, vocabularies  # noqa: E402
+from gpt.data import corpus, token_files, tokenizer, tokenizer_files  # noqa: E402
+from gpt.data.token_files import SCAN_BLOCK, TokenSet  # noqa: E402
 from gpt.data.tokenizer import Encoder  # noqa: E402
-from gpt.data.tokens import SCAN_BLOCK, Array, TokenSet  # noqa: E402
-from gpt.files import cache_dir  # noqa: E402
+from gpt.utils.arrays import Array  # noqa: E402
+from gpt.utils.errors import UserError  # noqa: E402
+from gpt.utils.files import cache_dir  # noqa: E402
 
 PERCENTILES = {"min": 0, "5%": 5, "median": 50, "95%": 95, "99%": 99, "max": 100}
 
@@ -48,7 +49,7 @@ def figures(token_set: TokenSet, lengths: Array, encoder: Encoder | None) -> lis
     total = counts(token_set)
     share = total[total > 0] / total.sum()
     entropy = float(-(share * np.log(share)).sum())
-    paths = tokens.paths_of(token_set.prefix)
+    paths = token_files.paths_of(token_set.prefix)
     at = {name: np.percentile(lengths, p) for name, p in PERCENTILES.items()}
     most = np.argsort(-total, kind="stable")[:10]
     lines = [
@@ -121,15 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="PNG of the document lengths")
     options = parser.parse_args(arguments)
     try:
-        prefixes = tokens.prefixes_at(options.set)
+        prefixes = token_files.prefixes_at(options.set)
         if len(prefixes) != 1:
             raise UserError(f"{options.set}: {len(prefixes)} sets in this folder; name one: {' '.join(prefixes)}")
-        token_set = tokens.load(prefixes[0])
+        token_set = token_files.load(prefixes[0])
         encoder = None
         beside = corpus.tokenizer_path(prefixes[0])
         name = options.tokenizer or (str(beside) if beside.is_file() else None)
         if name:
-            encoder = tokenizer.open_encoder(vocabularies.find(name, Path(cache_dir())))
+            encoder = tokenizer.open_encoder(tokenizer_files.find(name, Path(cache_dir())))
         lengths = np.diff(token_set.document_ends, prepend=0)
         print("\n".join(figures(token_set, lengths, encoder)))
         spread = np.linspace(0, token_set.documents - 1, max(0, options.samples), dtype=int).tolist()

@@ -103,14 +103,14 @@ def _state(run_dir: Path) -> str:
 
 
 def _compare(one: Path, other: Path) -> str:
-    from gpt.checkpoint import newest
+    from gpt.runs.checkpoint.checkpoint import latest_valid
 
     results = [json.loads((path / "result.json").read_text()) for path in (one, other)]
     records = []
     for path in (one, other):
         rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         records.append([(r["step"], r["train/loss"], r.get("val/loss")) for r in rows])
-    ends = [newest(path, lambda line: None) for path in (one, other)]
+    ends = [latest_valid(path, lambda line: None) for path in (one, other)]
     assert ends[0]
     assert ends[1]
     weights = [end.model() for end in ends if end]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 X = "tokens"
-GROUPS = ("choices.model", "choices.parallel")  # of the run's configuration, see gpt.wandb_run.about
+GROUPS = ("choices.model", "choices.parallel")  # of the run's configuration, see gpt.runs.wandb_run.about
 SAMPLES = "samples"
 
 

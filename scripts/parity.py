@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt import cli, support  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
+from gpt import cli  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
+from scripts import compatibility  # noqa: E402
 
 JOB = [
     "model=tiny", "model.hidden=64", "model.layers=8", "model.positions=64", "trainer.global_batch_size=16",
@@ -66,13 +67,13 @@ def distance(key: str, one: list[Record], other: list[Record]) -> float:
 
 def pairs() -> Iterator[list[str]]:
     """One process, and every two ways that docs/parallel.md says go together."""
-    base = cli.job([*JOB, *PAIRS])
+    base = cli.compose_job([*JOB, *PAIRS])
     yield ["parallel=single"]
-    names = list(support.WAYS)
+    names = list(compatibility.WAYS)
     for i, row in enumerate(names):
         for column in names[: i + 1]:
-            if support.together(base, row, column) == []:
-                wanted = {**support.WAYS[row], **support.WAYS[column]}
+            if compatibility.together(base, row, column) == []:
+                wanted = {**compatibility.WAYS[row], **compatibility.WAYS[column]}
                 recompute = wanted.pop("recompute", None)
                 chosen = [f"parallel.{key}={value}" for key, value in wanted.items()]
                 yield ["parallel=single", *chosen, *([f"model.recompute={recompute.value}"] if recompute else [])]

@@ -12,7 +12,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from gpt.config import Config
+from gpt.config.schema import Config
 
 
 class PlainBlock(nn.Layer):  # type: ignore[misc]

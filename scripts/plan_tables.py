@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config, world_size  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
-from gpt.plan import devices, footprint  # noqa: E402
-from gpt.plan.cost import cost  # noqa: E402
+from gpt.config.derived import world_size  # noqa: E402
+from gpt.config.schema import Config  # noqa: E402
+from gpt.plan import devices, memory  # noqa: E402
 from gpt.plan.search import GIB, limit  # noqa: E402
+from gpt.plan.step_time import cost  # noqa: E402
 from gpt.plan.summary import duration  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "plan.md"
 PREDECESSOR = {
@@ -67,9 +68,9 @@ def predecessor() -> str:
     ]
     lines = ["| " + " | ".join([*columns, "300 B tokens"]) + " |", "|---|" + "---:|" * len(columns)]
     for name, overrides in PREDECESSOR.items():
-        job = cli.job([*overrides, "precision=fp16"])
+        job = cli.compose_job([*overrides, "precision=fp16"])
         configs = [replace(job, device=devices.table()[device]) for device in ("v100_32", "a100_40")]
-        need = footprint.memory(configs[0])
+        need = memory.memory(configs[0])
         cells = [f"{size / GIB:.1f}" for size in (need.state, need.activations, need.working)]
         lasts = ""
         for config in configs:
@@ -84,7 +85,7 @@ def predecessor() -> str:
 def _fit(config: Config) -> str:
     room = limit(config)
     assert room is not None
-    spare = (room - footprint.memory(config).total) / GIB
+    spare = (room - memory.memory(config).total) / GIB
     return f"fits, {spare:.1f} free" if spare >= 0 else f"{-spare:.1f} too much"
 
 

@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpt.config import Config, plain, world_size
-from launchers import host, places
+from gpt.config.derived import plain, world_size
+from gpt.config.schema import Config
+from launchers import checks, rank_env
 
 
 class RandomSamples:
-    """Stands in for ``gpt.data.samples.Samples``."""
+    """Stands in for ``gpt.data.dataset.TokenDataset``."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -27,7 +28,7 @@ class RandomSamples:
         """Samples ``first`` to ``first + count`` of random tokens."""
         import numpy as np
 
-        from gpt.data.samples import Batch
+        from gpt.data.dataset import Batch
 
         shape = (count, self.config.data.seq_len + 1)
         tokens = np.random.default_rng(first).integers(0, self.config.model.vocab, shape)
@@ -46,10 +47,10 @@ def answers(script: str, config: Config, *more: str) -> list[Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ranks = []
-        for rank, place in enumerate(places.here(world_size(config), gpu=False)):
+        for rank, place in enumerate(rank_env.here(world_size(config), gpu=False)):
             job = ["--serve", json.dumps(plain(config)), str(folder / f"{rank}.json"), *more]
             variables = place.variables() if world_size(config) > 1 else {}
-            env = {**os.environ, **one_thread, **host.mkl_settings(), **variables}
+            env = {**os.environ, **one_thread, **checks.mkl_settings(), **variables}
             with open(folder / f"{rank}.log", "wb") as log:
                 command = [sys.executable, "-W", "ignore", script, *job]
                 ranks.append(subprocess.Popen(command, env=env, stderr=log))

@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt import heartbeat  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
-from launchers import host, places  # noqa: E402
+from gpt.utils import heartbeat, machine  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
+from launchers import rank_env  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "launch.md"
 JOB = [
@@ -81,7 +81,7 @@ def consecutive(count: int, preset: str) -> list[str]:
     middle = statistics.median(seconds)
     words = shlex.join(["python", "scripts/starts.py", "--starts", str(count), "--preset", preset])
     return [
-        f"Made by `{words}` on {host.cores()} cores:",
+        f"Made by `{words}` on {machine.cores()} cores:",
         "",
         "| job | starts | succeeded | seconds: min | median | max |",
         "|---|---|---|---|---|---|",
@@ -102,7 +102,7 @@ def paddles_own(folder: Path) -> float:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        for place in places.here(2, gpu=False)
+        for place in rank_env.here(2, gpu=False)
     ]
     for process in processes:
         assert process.stdout
@@ -166,7 +166,7 @@ def breakdown(count: int, preset: str) -> list[str]:
     whole, paddle = statistics.median(each["shown"] for each in times), statistics.median(own)
     return [
         f"Made by `python scripts/starts.py --phases {count}`: medians of {count} starts of {preset} on "
-        f"{host.cores()} cores.",
+        f"{machine.cores()} cores.",
         "",
         "| until | seconds | seconds after the command |",
         "|---|---|---|",

@@ -11,8 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt import cli, support  # noqa: E402
-from gpt.files import replace_section  # noqa: E402
+from gpt import cli  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
+from scripts import compatibility  # noqa: E402
 
 PAGE = ROOT / "docs" / "parallel.md"
 # A shape and a batch that all degrees of the table divide.
@@ -21,7 +22,7 @@ BASE = ["model=tiny", "model.layers=12", "model.heads=4", "trainer.micro_batch_s
 
 def main() -> None:
     """Render."""
-    replace_section(PAGE, "support", support.table(cli.job(BASE)))
+    replace_section(PAGE, "support", compatibility.table(cli.compose_job(BASE)))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from gpt import cli  # noqa: E402
-from gpt.config import Config  # noqa: E402
-from gpt.grid.composing import Composer  # noqa: E402
+from gpt.config.schema import Config  # noqa: E402
+from launchers.sweep.compose import Composer  # noqa: E402
 
 cli.register()
 
@@ -109,14 +109,14 @@ def _composer() -> Composer:
 
 def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
     """Configuration and choices, as the command would see them."""
-    configuration, choices = _composer().compose(cli.with_text_quoted(overrides))
+    configuration, choices = _composer().compose(cli.quote_free_text(overrides))
     return configuration, dict(choices)
 
 
 def configured(overrides: list[str]) -> Config:
     """The typed configuration, on the CPU."""
     overrides = ["cluster.device=cpu", *overrides]
-    return cli.checked(*composed(overrides), overrides)
+    return cli.validate_or_fail(*composed(overrides), overrides)
 
 
 @dataclass

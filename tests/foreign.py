@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import paddle
 
-from gpt import checkpoint
-from gpt.config import Config, Model, typed
-from gpt.data.tokens import Array
-from gpt.engine import Engine
-from gpt.model import GPT
-from gpt.shapes import parameter_shapes
-from gpt.topology import Topology
+from gpt.config.derived import typed
+from gpt.config.parameters import parameter_shapes
+from gpt.config.schema import Config, Model
+from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
+from gpt.runs.checkpoint import checkpoint
+from gpt.train.trainer import Trainer
+from gpt.utils.arrays import Array
 
 SHAPE = {"vocab_size": 300, "n_embd": 60, "n_head": 5, "n_layer": 2, "n_positions": 40}
 
@@ -56,10 +57,10 @@ def shape(found: checkpoint.Checkpoint) -> Model:
 
 def loaded(folder: Path) -> GPT:
     """The model of a checkpoint folder, as task=generate has it."""
-    found = checkpoint.require(folder, print)
+    found = checkpoint.load_or_fail(folder, print)
     config = typed(found.state["config"])
     config.cluster.device = "cpu"  # type: ignore[assignment]
-    engine = Engine(config, Topology(config.parallel, "cpu"), train=False)  # type: ignore[arg-type]
+    engine = Trainer(config, Topology(config.parallel, "cpu"), train=False)  # type: ignore[arg-type]
     engine.load(found.model(), None, {})
     engine.model.eval()
     model: GPT = engine.model

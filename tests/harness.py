@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpt.worker import leave
-from launchers import host, places
+from gpt.worker import exit_process
+from launchers import checks, rank_env
 
 TESTS = Path(__file__).resolve().parent
 LAST_LINES = 25
@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PADDLE_", "FLAGS_"))}
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOG_minloglevel": "1"}
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    return {**kept, **one_thread, **host.mkl_settings(), "PYTHONPATH": path}
+    return {**kept, **one_thread, **checks.mkl_settings(), "PYTHONPATH": path}
 
 
 def run(target: str, world_size: int, *arguments: Any, timeout: float = 300) -> list[Any]:
@@ -49,7 +49,7 @@ def run(target: str, world_size: int, *arguments: Any, timeout: float = 300) -> 
         folder = Path(name)
         logs = [folder / f"{rank}.log" for rank in range(world_size)]
         processes = []
-        for rank, place in enumerate(places.here(world_size, gpu=False)):
+        for rank, place in enumerate(rank_env.here(world_size, gpu=False)):
             with open(logs[rank], "wb") as log:
                 command = [sys.executable, __file__, target, str(folder / f"{rank}.json"), json.dumps(arguments)]
                 env = {**environment(), **place.variables()}
@@ -84,7 +84,7 @@ def main() -> None:
     module, function = target.split(":")
     value = getattr(importlib.import_module(module), function)(*json.loads(arguments))
     Path(result).write_text(json.dumps(value))
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from conftest import SMALL, Ran, configured
 
-from gpt.config import Config
-from gpt.grid.cells import Cell
+from gpt.config.schema import Config
+from gpt.runs.grid import Cell
 
 Run = Callable[..., Ran]
 
-# What "python -m gpt.frozen FILE" leaves behind; by seed: 13 fails, 14 leaves a trace of nothing, 15 never ends.
+# What "python -m launchers.sweep.run_cell FILE" leaves behind. By seed:
+# 13 fails, 14 leaves a trace of nothing, 15 never ends.
 PLAYER = f"""#!{sys.executable}
 import json, signal, sys, time
 from pathlib import Path

@@ -9,23 +9,23 @@ from typing import Any
 
 from served import Heard, Judge
 
-from gpt.config import typed
-from gpt.model import GPT
-from gpt.tasks import serve as task
-from gpt.text import scoring
-from gpt.text.desk import Desk, Order, Wish
-from gpt.text.request import Sampling
-from gpt.topology import Topology
+from gpt.config.derived import typed
+from gpt.config.sampling import Sampling
+from gpt.inference import logprobs
+from gpt.inference.server.request_queue import GenerationRequest, QueuedRequest, RequestQueue
+from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
+from gpt.tasks import serve as tasks_serve
 
 
 def serve(config: dict[str, Any], texts: list[list[int]]) -> dict[str, Any]:
     """What ``_served`` says, without and with a cut, and what a model's scores of texts are."""
-    topology = Topology.connect(typed(config))
+    topology = Topology.initialize(typed(config))
     served = [_served(topology, cut) for cut in (False, True)]
     model = GPT(typed(config), topology)
     model.initialise()
     model.eval()
-    return {"served": served, "scores": [dataclasses.astuple(s) for s in scoring.score(model, texts)]}
+    return {"served": served, "scores": [dataclasses.astuple(s) for s in logprobs.score(model, texts)]}
 
 
 def _served(topology: Topology, cut: bool) -> dict[str, Any]:
@@ -34,12 +34,12 @@ def _served(topology: Topology, cut: bool) -> dict[str, Any]:
     The second client leaves after four tokens, the third wants scores, a signal comes when all are answered; with
     ``cut`` it comes during the first request, which has no time to finish.
     """
-    task.IDLE_SECONDS, task.FINISH_SECONDS = 0.3, 0.0
+    tasks_serve.IDLE_SECONDS, tasks_serve.FINISH_SECONDS = 0.3, 0.0
     writer, heard, told, written = Judge(), Heard(), [], []
-    desk = Desk(9) if topology.rank == 0 else None
+    desk = RequestQueue(9) if topology.rank == 0 else None
     if desk:
-        wish = Wish([[97, 98]], Sampling(max_new_tokens=10))
-        orders = [Order(w, told.append) for w in (wish, wish, dataclasses.replace(wish, scores=True))]
+        wish = GenerationRequest([[97, 98]], Sampling(max_new_tokens=10))
+        orders = [QueuedRequest(w, told.append) for w in (wish, wish, dataclasses.replace(wish, scores=True))]
         desk.open()
         for order in orders:
             desk.put(order)
@@ -61,5 +61,5 @@ def _served(topology: Topology, cut: bool) -> dict[str, Any]:
         return texts
 
     writer.write = counted  # type: ignore[method-assign]
-    code = task.Loop(topology, writer, heard, desk).run()  # type: ignore[arg-type]
+    code = tasks_serve.Loop(topology, writer, heard, desk).run()  # type: ignore[arg-type]
     return {"written": written, "told": [type(news).__name__ for news in told], "code": code}

@@ -8,7 +8,7 @@ from typing import Any
 
 from conftest import configured
 
-from gpt.config import plain
+from gpt.config.derived import plain
 
 BASE = plain(configured(["model=tiny", "trainer.max_steps=50"]))
 

@@ -12,13 +12,15 @@ from typing import Any
 from conftest import configured
 from starlette.testclient import TestClient
 
-from gpt.config import Device, Parallel
-from gpt.config_text import Generate, Serve
+from gpt.config.cluster import Device
+from gpt.config.sampling import Sampling
+from gpt.config.schema import Parallel
+from gpt.config.task_schemas import Generate, Serve
+from gpt.inference.server.app import CompletionsApp
+from gpt.inference.server.request_queue import RequestQueue
+from gpt.inference.types import Completion, TextDelta, TokenLogprobs
+from gpt.parallel.topology import Topology
 from gpt.tasks.serve import Loop
-from gpt.text.desk import Desk
-from gpt.text.request import Completion, Piece, Sampling, Scored
-from gpt.text.server import Service
-from gpt.topology import Topology
 
 MODEL = "parrot"
 SECONDS = 20.0  # until a test gives up
@@ -50,7 +52,7 @@ class Parrot:
         self,
         prompts: list[list[int]],
         sampling: Sampling,
-        on_piece: Callable[[Piece], None] | None = None,
+        on_piece: Callable[[TextDelta], None] | None = None,
         keep_going: Callable[[], bool] | None = None,
     ) -> list[list[Completion]]:
         self.asked.append((prompts, sampling))
@@ -63,7 +65,7 @@ class Parrot:
                     text = self.decode(self._tokens(prompt, s, self.written)[-1:])
                     if on_piece and sampling.num_beams == 1:
                         finish = "length" if self.written == sampling.max_new_tokens else None
-                        on_piece(Piece(p, s, text, self.written, finish))
+                        on_piece(TextDelta(p, s, text, self.written, finish))
         return [[self._completion(prompt, s) for s in range(sampling.num_return_sequences)] for prompt in prompts]
 
     def _tokens(self, prompt: list[int], ahead: int, count: int) -> list[int]:
@@ -77,16 +79,17 @@ class Parrot:
 class Judge(Parrot):
     """A parrot that also scores: an even token was the best, with -token/100; an odd one's neighbour was better."""
 
-    def score(self, texts: list[list[int]]) -> list[Scored]:
+    def score(self, texts: list[list[int]]) -> list[TokenLogprobs]:
         rows = [text[1:] for text in texts]
         return [
-            Scored([-t / 100 for t in row], [t - t % 2 for t in row], [-(t - t % 2) / 100 for t in row]) for row in rows
+            TokenLogprobs([-t / 100 for t in row], [t - t % 2 for t in row], [-(t - t % 2) / 100 for t in row])
+            for row in rows
         ]
 
 
 @dataclass
 class Heard:
-    """``gpt.guard.Signals`` for a loop that is not in the main thread."""
+    """``gpt.utils.signals.Signals`` for a loop that is not in the main thread."""
 
     received: signal.Signals | None = None
 
@@ -100,8 +103,8 @@ class Served:
     """A server at work."""
 
     writer: Parrot
-    desk: Desk
-    service: Service
+    desk: RequestQueue
+    service: CompletionsApp
     client: TestClient
     heard: Heard = field(default_factory=Heard)
     code: int | None = None
@@ -130,8 +133,8 @@ def serving(
     """Routes over a desk, and unless ``work`` is False a loop that takes what is on it."""
     default, generate = settings()
     limits, writer = limits or default, writer or Judge()
-    desk = Desk(limits.queue)
-    service = Service(limits, generate, MODEL, desk, key)
+    desk = RequestQueue(limits.queue)
+    service = CompletionsApp(limits, generate, MODEL, desk, key)
     served = Served(writer, desk, service, TestClient(service.app, raise_server_exceptions=False))
     loop = Loop(Topology(Parallel(1, 1, 1, 1, 1, 1, False), Device.cpu), writer, served.heard, desk)  # type: ignore[arg-type]
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_signals import wait_for
 
-from launchers import places
+from launchers import rank_env
 
 CONF = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -56,7 +56,7 @@ def running(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "state").mkdir()
     conf = CONF.format(
         host=socket.gethostname().partition(".")[0],
-        ports=places.free_ports(3),
+        ports=rank_env.free_ports(3),
         user=getpass.getuser(),
         folder=folder,
         first=1000

@@ -8,12 +8,17 @@ import paddle.distributed as dist
 import pytest
 from conftest import SMALL, configured
 
-from gpt import cli, placements, runs
-from gpt.config import Device, EngineKind, Task, UserError, plain
-from gpt.semi_auto import Placed
-from gpt.shapes import parameter_shapes
-from gpt.trained import _for_inference
-from launchers import host
+from gpt import cli
+from gpt.config import parameters
+from gpt.config.cluster import Device
+from gpt.config.derived import plain
+from gpt.config.parameters import parameter_shapes
+from gpt.config.schema import EngineKind, Task
+from gpt.parallel.semi_auto import MeshPlacement
+from gpt.runs import run_dir
+from gpt.runs.source import _for_inference
+from gpt.utils.errors import UserError
+from launchers import checks
 
 STATIC = "parallel.static=true"
 
@@ -51,26 +56,26 @@ def test_what_the_engine_is_not_asked_for_is_refused_with_a_remedy(overrides: li
 def test_what_has_no_kernel_on_a_cpu_is_refused_there(overrides: list[str]) -> None:
     config = configured([*SMALL, *overrides])
     config.cluster.device = Device.cpu
-    assert any("needs a GPU" in problem for problem in host.problems(config, 4))
+    assert any("needs a GPU" in problem for problem in checks.problems(config, 4))
     config.task = Task.generate
-    assert not any("needs a GPU" in problem for problem in host.problems(config, 4))
+    assert not any("needs a GPU" in problem for problem in checks.problems(config, 4))
 
 
 def test_a_run_of_fleet_is_named_as_before_there_was_a_choice_and_one_of_the_engine_differs() -> None:
     fleet, auto = (plain(configured([*SMALL, f"parallel={name}"])) for name in ("dp2", "auto_dp2"))
     before = {**fleet, "parallel": {k: v for k, v in fleet["parallel"].items() if k not in ("engine", "static")}}
-    assert runs.run_name(fleet, "dp2") == runs.run_name(before, "dp2")
-    assert runs.run_name(fleet, "x") != runs.run_name(auto, "x")
+    assert run_dir.run_name(fleet, "dp2") == run_dir.run_name(before, "dp2")
+    assert run_dir.run_name(fleet, "x") != run_dir.run_name(auto, "x")
 
 
 def test_every_line_of_the_annotation_is_of_a_parameter_and_divides_it() -> None:
     config = configured([*SMALL, "parallel=auto_mp2"])
     shapes = parameter_shapes(config)
-    assert all(any(name.endswith(end) for name in shapes) for end in placements.SPLIT)
+    assert all(any(name.endswith(end) for name in shapes) for end in parameters.TP_AXES)
     for name, shape in shapes.items():
-        axis = placements.split_axis(name)
+        axis = parameters.tp_axis(name)
         assert axis is None or shape[axis] % 2 == 0
-    replicated = {name.rsplit(".", 2)[-2] for name in shapes if placements.split_axis(name) is None}
+    replicated = {name.rsplit(".", 2)[-2] for name in shapes if parameters.tp_axis(name) is None}
     assert replicated == {"position", "norm", "norm1", "norm2", "out", "fc2"}  # of the last two the bias
 
 
@@ -86,9 +91,9 @@ def test_a_rank_places_tensors_on_the_ranks_of_its_stage_only(
     monkeypatch: pytest.MonkeyPatch, preset: str, meshes: dict[int, list[Any]]
 ) -> None:
     monkeypatch.setattr(dist.auto_parallel, "set_mesh", lambda mesh: None)
-    parallel = cli.job([f"parallel={preset}", "parallel.engine=auto"]).parallel
+    parallel = cli.compose_job([f"parallel={preset}", "parallel.engine=auto"]).parallel
     for rank, ranks in meshes.items():
-        placed = Placed.of(parallel, rank)
+        placed = MeshPlacement.of(parallel, rank)
         assert placed.mesh.mesh.tolist() == ranks
         place = tuple(placed.place_of[name] for name in placed.mesh.dim_names)
         assert placed.mesh.mesh[place] == rank

@@ -13,8 +13,9 @@ import pytest
 from slurm_stand_in import SLURM, stand_ins
 from test_signals import wait_for
 
-from gpt import cli, guard
-from gpt.grid.folder import Folder
+from gpt import cli
+from gpt.runs.grid import Folder
+from gpt.utils import signals as utils_signals
 from launchers import slurm
 from launchers.slurm import Batch
 
@@ -27,7 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def batch(folder: Path, small: list[str]) -> Batch:
     (folder / "cells").mkdir()
-    return Batch(cli.job([*small, *SLURM, "grid.retries=1"]), ("a", "b"), folder, "gpt-g", True)
+    return Batch(cli.compose_job([*small, *SLURM, "grid.retries=1"]), ("a", "b"), folder, "gpt-g", True)
 
 
 def start(batch: Batch, step: str) -> subprocess.Popen[bytes]:
@@ -86,11 +87,11 @@ def test_a_job_that_is_cancelled_stays_so_and_one_that_is_preempted_comes_again(
 def test_a_signal_that_comes_twice_at_once_does_not_keep_a_rank_from_saving(monkeypatch: pytest.MonkeyPatch) -> None:
     former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        signals = guard.Signals()
+        signals = utils_signals.Signals()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert signals.exit_code == 143
-        monkeypatch.setattr(guard, "SAME_SECONDS", 0.0)
+        monkeypatch.setattr(utils_signals, "SAME_SECONDS", 0.0)
         with pytest.raises(SystemExit):
             signal.raise_signal(signal.SIGTERM)
     finally:

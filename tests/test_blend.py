@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from conftest import SMALL, Ran, configured
 
-from gpt.config_text import Split
-from gpt.data import corpus, tokens
-from gpt.data.samples import Samples
+from gpt.config.task_schemas import Split
+from gpt.data import corpus, token_files
+from gpt.data.dataset import TokenDataset
 
 
 def write(prefix: Path, token: int, documents: int) -> None:
     lens = np.full(documents, 50)
-    tokens.write(str(prefix), np.full(lens.sum(), token), lens, np.arange(documents + 1), np.uint16)
+    token_files.write(str(prefix), np.full(lens.sum(), token), lens, np.arange(documents + 1), np.uint16)
 
 
 def blended(folder: Path, weights: dict[str, float]) -> list[str]:
@@ -30,7 +30,7 @@ def test_every_prefix_of_a_blend_holds_each_share_to_within_one_sample(tmp_path:
     for token, name in enumerate(weights):
         write(tmp_path / name, token, 40)
     config = configured(blended(tmp_path, weights))
-    which = Samples(config, corpus.prepare(config), Split.train).batch(0, 1000).inputs_BT[:, 0]
+    which = TokenDataset(config, corpus.prepare(config), Split.train).batch(0, 1000).inputs_BT[:, 0]
     for token, weight in enumerate(weights.values()):
         error = np.cumsum(which == token) - weight * np.arange(1, 1001)
         assert np.abs(error).max() < 1
@@ -39,9 +39,9 @@ def test_every_prefix_of_a_blend_holds_each_share_to_within_one_sample(tmp_path:
 def test_an_exhausted_set_repeats_whole_passes_in_new_orders(tmp_path: Path) -> None:
     write(tmp_path / "big", 1, 400)
     ids, lens = np.arange(50 * 20), np.full(20, 50)
-    tokens.write(str(tmp_path / "small"), ids + 1000, lens, np.arange(21), np.uint16)
+    token_files.write(str(tmp_path / "small"), ids + 1000, lens, np.arange(21), np.uint16)
     config = configured([*blended(tmp_path, {"big": 1, "small": 1}), "data.split=[1,0,0]"])
-    samples = Samples(config, corpus.prepare(config), Split.train)
+    samples = TokenDataset(config, corpus.prepare(config), Split.train)
     first = samples.batch(0, 2000).inputs_BT[:, 0]
     small = first[first >= 1000]
     per_pass = (20 * 50 - 1) // 8
@@ -56,7 +56,7 @@ def huge(prefix: Path, billions: int) -> None:
     lens = np.full(billions, 1_000_000_000, np.int32)
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(2 * int(lens.sum(dtype=np.int64)))
-    from gpt.data.megatron import HEADER, MAGIC
+    from gpt.data.token_files import HEADER, MAGIC
 
     offsets = 2 * np.concatenate([[0], np.cumsum(lens[:-1], dtype=np.int64)])
     with open(f"{prefix}.idx", "wb") as file:
@@ -75,19 +75,19 @@ def test_300_billion_tokens_take_no_memory_and_resuming_takes_no_time(tmp_path: 
     config = configured([*SMALL, "data=tokens", f"data.path={tmp_path}/huge", "data.seq_len=32"])
     tracemalloc.start()  # sees numpy's arrays, too
     start = time.perf_counter()
-    part = corpus.Part(f"{tmp_path}/huge", 1.0)
-    prepared = corpus.Prepared([part], "huge", None, None, None, 300_000_000_000)
-    samples = Samples(config, prepared, Split.train)
+    part = corpus.DatasetPart(f"{tmp_path}/huge", 1.0)
+    prepared = corpus.DatasetInfo([part], "huge", None, None, None, 300_000_000_000)
+    samples = TokenDataset(config, prepared, Split.train)
     assert len(samples) == (285 * 10**9 - 1) // 32  # 94.9 % of 300 documents
     samples.batch(0, 8)
     late = samples.batch(8_000_000_000, 8)  # where a run would resume after all but 0.9 of an epoch
     seconds = time.perf_counter() - start
-    assert (late.inputs_BT == Samples(config, prepared, Split.train).batch(8_000_000_000, 8).inputs_BT).all()
+    assert (late.inputs_BT == TokenDataset(config, prepared, Split.train).batch(8_000_000_000, 8).inputs_BT).all()
     assert seconds < 1
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
-    tail = tokens.load(part.path)
+    tail = token_files.load(part.path)
     assert tail.ids[-1_000_000] == 9
 
 

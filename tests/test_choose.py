@@ -12,12 +12,17 @@ from pathlib import Path
 import pytest
 from conftest import SMALL, Ran, composed, configured
 
-from gpt import choosing, cli, planning, runs, trained
-from gpt.config import Config, Device, Parallel, Recompute, UserError, global_batch_size, plain, world_size
-from gpt.config_parallel import degrees_name
-from gpt.console import Console
-from gpt.plan import choice, search
-from launchers import host
+from gpt import cli
+from gpt.config import derived
+from gpt.config.cluster import Device
+from gpt.config.derived import global_batch_size, plain, world_size
+from gpt.config.schema import Config, Parallel, Recompute, degrees_name
+from gpt.plan import auto_parallel, explain, search
+from gpt.runs import run_dir, source
+from gpt.tasks import plan
+from gpt.utils import machine
+from gpt.utils.console import Console
+from gpt.utils.errors import UserError
 
 Run = Callable[..., Ran]
 A100 = ["device=a100_80", "precision=bf16"]
@@ -31,13 +36,13 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "device_cpu.json").write_text(json.dumps(MEASURED))
     monkeypatch.setenv("GPT_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(host, "cores", lambda: 2)
-    monkeypatch.setattr(host, "memory_gib", lambda: 16.0)
-    choosing._CHOSEN.clear()
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "memory_gib", lambda: 16.0)
+    auto_parallel._CHOSEN.clear()
 
 
 def planned(*overrides: str) -> Config:
-    return cli.checked(*composed([*PLAN, *overrides]), [*PLAN, *overrides])
+    return cli.validate_or_fail(*composed([*PLAN, *overrides]), [*PLAN, *overrides])
 
 
 def refused(*overrides: str) -> str:
@@ -51,7 +56,7 @@ def name(*overrides: str) -> str:
     """Of the run directory, as Hydra's resolver makes it."""
     from hydra import compose, initialize_config_dir
 
-    from gpt.files import conf_dir
+    from gpt.utils.files import conf_dir
 
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
         return Path(compose("config", list(overrides), return_hydra_config=True).hydra.run.dir).name
@@ -62,7 +67,7 @@ def test_the_fastest_layout_that_fits_is_taken(model: str, devices: int) -> None
     taken = planned(f"model={model}", f"plan.devices={devices}", *A100)
     best = search.search(taken, devices)[0]
     assert world_size(taken) == devices
-    assert search.fits(taken)
+    assert search.fits_memory(taken)
     assert (taken.parallel, taken.model.recompute) == (best.config.parallel, best.config.model.recompute)
     assert global_batch_size(taken) == {"1.3b": 64, "175b": 1536}[model]
 
@@ -78,10 +83,10 @@ def test_on_a_cpu_there_is_a_rank_per_core_and_the_run_is_that_of_the_preset() -
 @pytest.mark.parametrize("model", ["tiny", "1.3b"])
 def test_the_degrees_by_hand_are_the_same_run(model: str) -> None:
     job = [f"model={model}", *A100, "data=tokens", "data.path=x"]
-    found, command = choosing._TAKEN[choosing._key(planned(*job, "plan.devices=8"))]
-    by_hand = cli.checked(*composed([*job, *shlex.split(command)]), [])
+    found, command = auto_parallel._TAKEN[auto_parallel._key(planned(*job, "plan.devices=8"))]
+    by_hand = cli.validate_or_fail(*composed([*job, *shlex.split(command)]), [])
     assert by_hand.parallel == found.taken.parallel
-    names = [runs.run_name(plain(job), "x") for job in (by_hand, planned(*job, "plan.devices=8"))]
+    names = [run_dir.run_name(plain(job), "x") for job in (by_hand, planned(*job, "plan.devices=8"))]
     assert names[0] == names[1]
 
 
@@ -98,7 +103,7 @@ def test_a_run_is_found_again_in_whatever_words_its_degrees_were_typed(tmp_path:
 
 def test_the_same_command_chooses_the_same() -> None:
     first = planned("model=1.3b", *A100)
-    choosing._CHOSEN.clear()
+    auto_parallel._CHOSEN.clear()
     assert planned("model=1.3b", *A100) == first
 
 
@@ -121,7 +126,7 @@ def test_what_the_user_gives_is_kept(case: str) -> None:
     taken = planned("model=1.3b", "plan.devices=8", *A100, *overrides)
     assert kept(taken)
     assert world_size(taken) == 8
-    assert search.fits(taken)
+    assert search.fits_memory(taken)
 
 
 def test_what_an_experiment_gives_is_kept() -> None:
@@ -153,21 +158,21 @@ def test_what_does_not_divide_is_named_with_what_would() -> None:
 
 
 def test_other_problems_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "choose", lambda *_: pytest.fail("searched for a job that cannot be"))
+    monkeypatch.setattr(explain, "choose", lambda *_: pytest.fail("searched for a job that cannot be"))
     with pytest.raises(UserError, match=r"try model\.heads=4") as error:
         planned("model.heads=5", "data.seq_len=512")
     assert str(error.value).startswith("2 problems")
 
 
 def test_cores_that_do_not_divide_the_batch_are_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "cores", lambda: 6)
+    monkeypatch.setattr(machine, "cores", lambda: 6)
     assert world_size(planned()) == 4
-    assert "4 of 6 cores of this host" in choosing._TAKEN[choosing._key(planned())][0].where
+    assert "4 of 6 cores of this host" in auto_parallel._TAKEN[auto_parallel._key(planned())][0].where
 
 
 def test_a_host_that_was_not_measured_says_what_is_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "device_cpu.json").unlink()
-    choosing.show(planned(), Console())
+    auto_parallel.show(planned(), Console())
     shown = capsys.readouterr().out
     assert "assumed  device.bandwidth_gb_s=10; " in shown
     assert "times only compare" in shown
@@ -177,21 +182,21 @@ def test_a_host_that_was_not_measured_says_what_is_assumed(tmp_path: Path, capsy
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host with eight GPUs."""
-    monkeypatch.setattr(host, "resolve_device", lambda config: Device.gpu)
-    monkeypatch.setattr(host, "gpus", lambda: 8)
-    monkeypatch.setattr(host, "gpu_name", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(derived, "resolve_device", lambda config: Device.gpu)
+    monkeypatch.setattr(machine, "gpus", lambda: 8)
+    monkeypatch.setattr(machine, "gpu_name", lambda: "NVIDIA A100-SXM4-80GB")
 
 
 def test_gpus_are_counted_and_looked_up_by_name(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     job = ["model=345m", "precision=bf16", "data=tokens", "data.path=x", "parallel=auto"]
-    taken = cli.checked(*composed(job), job)
+    taken = cli.validate_or_fail(*composed(job), job)
     assert taken.parallel == planned("model=345m", *A100, "plan.devices=8").parallel
     assert taken.device.name is None  # nothing was stated, and the run is the same
-    monkeypatch.setattr(host, "gpu_name", lambda: "Some GPU")
+    monkeypatch.setattr(machine, "gpu_name", lambda: "Some GPU")
     with pytest.raises(UserError, match=r"how much memory Some GPU has is not known: .* device\.memory_gib"):
-        cli.checked(*composed(job), job)
+        cli.validate_or_fail(*composed(job), job)
     more = [*job, "device.memory_gib=24"]
-    assert world_size(cli.checked(*composed(more), more)) == 8
+    assert world_size(cli.validate_or_fail(*composed(more), more)) == 8
 
 
 def test_ranks_that_others_started_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +231,7 @@ def test_a_checkpoint_is_read_by_the_layout_of_its_own_model(monkeypatch: pytest
             "data.path=x",
         ]
     )
-    monkeypatch.setattr(trained, "config_of", lambda config: there)
+    monkeypatch.setattr(source, "config_of", lambda config: there)
     assert configured(["parallel=auto", "task=evaluate"]).parallel.dp_degree == 1  # the default model's: sharding 2
     taken = configured(["parallel=auto", "task=evaluate", "checkpoint=x"])
     assert taken.parallel.pp_degree == world_size(taken) == 2  # a head and a sample: there is nothing else to divide
@@ -235,13 +240,13 @@ def test_a_checkpoint_is_read_by_the_layout_of_its_own_model(monkeypatch: pytest
 
 def test_every_sentence_says_what_the_other_spends(capsys: pytest.CaptureFixture[str]) -> None:
     taken = planned("model=1.3b", "plan.devices=8", *A100)
-    planning.show(taken, Console(), [])
+    plan.show(taken, Console(), [])
     shown = capsys.readouterr().out
     assert "== parallel=auto: 209 layouts of 8 x a100_80 fit ==" in shown
     assert re.search(r"1 +\d\.\d% faster than 2, which spends .* of a step more on the update", shown)
     assert re.search(r"3 +\d\.\d% slower than 1: it spends .*; it needs \d\.\d GiB less", shown)
     assert "parallel=single parallel.sharding_degree=8 parallel.sharding_stage=2 model.recompute=none" in shown
-    planning.show(configured(["task=plan"]), Console(), [])
+    plan.show(configured(["task=plan"]), Console(), [])
     assert "parallel=auto" not in capsys.readouterr().out
 
 
@@ -250,7 +255,7 @@ def test_the_choice_reads_well_in_a_narrow_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    choosing.show(planned("model=175b", "plan.devices=128", *A100), Console())
+    auto_parallel.show(planned("model=175b", "plan.devices=128", *A100), Console())
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert max(map(len, shown.splitlines())) <= 80
     (row,) = [line for line in shown.splitlines() if line.startswith(" 1  sharding8/1 mp4+sp ")]
@@ -261,9 +266,9 @@ def test_a_grid_of_plans_chooses_for_each(capsys: pytest.CaptureFixture[str]) ->
     cells: list[tuple[list[str], Config | list[str]]] = []
     for size in ("345m", "175b"):
         overrides = [*PLAN, f"model={size}", *A100]
-        config, problems = cli.examined(*composed(overrides), overrides)
+        config, problems = cli.validate(*composed(overrides), overrides)
         cells.append((overrides, problems if problems or config is None else config))
-    planning.show_grid(cells, Console())
+    plan.show_grid(cells, Console())
     shown = capsys.readouterr().out
     assert re.search(r"345m +sharding8/2 +64=1x8", shown)  # a node of the device that is stated
     assert re.search("not possible: model=175b: parallel=auto: no layout of 8 x a100_80 .* on 64 such devices", shown)

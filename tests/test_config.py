@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, composed, configured
 
-from gpt import config as schema
-from gpt import runs
-from gpt.rules import check, known_keys
+from gpt.config import derived
+from gpt.config.rules import check, known_keys
+from gpt.runs import run_dir
 
 # The architect's table: vocabulary, hidden, layers, heads, ffn, positions.
 MODELS = {
@@ -51,9 +51,9 @@ def test_a_published_combination_has_the_published_batch(model: str, parallel: s
         p.pp_degree,
         p.sharding_degree,
         p.sharding_stage,
-        schema.global_batch_size(config) // schema.replicas(config),
+        derived.global_batch_size(config) // derived.replicas(config),
         config.trainer.micro_batch_size,
-        schema.global_batch_size(config),
+        derived.global_batch_size(config),
         config.model.recompute.value,
     ) == PRESETS[model, parallel]
     assert p.sequence_parallel is (parallel == "mp8_pp16")
@@ -66,14 +66,14 @@ def test_every_model_composes_with_every_parallel_preset(model: str, parallel: s
     config, choices = composed(overrides)
     typed, problems = check(config, choices)
     assert typed is not None
-    world = schema.world_size(typed)
+    world = derived.world_size(typed)
     # What cannot be divided is refused for the reason that it cannot be divided, and for no other.
     indivisible = typed.model.heads % typed.parallel.mp_degree or typed.model.layers % typed.parallel.pp_degree
-    unit = schema.micro_batch_size(typed) * schema.replicas(typed)
-    indivisible = indivisible or schema.global_batch_size(typed) % unit
+    unit = derived.micro_batch_size(typed) * derived.replicas(typed)
+    indivisible = indivisible or derived.global_batch_size(typed) % unit
     assert bool(problems) == bool(indivisible), problems
     assert all("not divisible" in p for p in problems)
-    assert schema.padded_vocab(typed) % (128 * typed.parallel.mp_degree) == 0
+    assert derived.padded_vocab(typed) % (128 * typed.parallel.mp_degree) == 0
     assert world == typed.parallel.dp_degree * typed.parallel.sharding_degree * typed.parallel.mp_degree * (
         typed.parallel.pp_degree
     )
@@ -101,7 +101,7 @@ def test_padded_vocabulary_follows_the_published_table() -> None:
     for mp, rows in ((1, 50304), (2, 50432), (8, 51200)):
         config = configured(["model=124m", "model.vocab=50257", "model.heads=16", "data=tokens", "data.path=x"])
         config.parallel.mp_degree = mp
-        assert schema.padded_vocab(config) == rows
+        assert derived.padded_vocab(config) == rows
 
 
 BAD = {
@@ -148,7 +148,7 @@ def test_all_problems_come_at_once() -> None:
 
 def test_every_key_of_the_schema_has_a_value_in_conf_or_is_optional() -> None:
     config = configured([])
-    values = schema.plain(config)
+    values = derived.plain(config)
     for key in known_keys():
         node = values
         for part in key.split("."):
@@ -158,7 +158,7 @@ def test_every_key_of_the_schema_has_a_value_in_conf_or_is_optional() -> None:
 
 def test_plain_and_typed_are_inverse() -> None:
     config = configured(["model=1.3b", "data=blend", "data.blend=[{path: a, weight: 1.0}]"])
-    assert schema.typed(schema.plain(config)) == config
+    assert derived.typed(derived.plain(config)) == config
 
 
 def test_yaml_holds_values_only() -> None:
@@ -168,9 +168,9 @@ def test_yaml_holds_values_only() -> None:
 
 def test_a_configuration_of_an_earlier_version_is_read_with_this_commands_values_for_new_keys() -> None:
     now = configured(["data=tokens", "data.path=x", "generate.top_k=7", "optimizer.lr=5e-4"])
-    stored = schema.plain(configured(["data=tokens", "data.path=x", "optimizer.lr=2e-4"]))
+    stored = derived.plain(configured(["data=tokens", "data.path=x", "optimizer.lr=2e-4"]))
     stored["generate"].pop("top_k")
     stored.pop("serve")
     stored["evaluate"]["max_batches"] = 3
-    read = runs.stored_config(stored, now)
+    read = run_dir.stored_config(stored, now)
     assert (read.optimizer.lr, read.generate.top_k, read.serve) == (2e-4, 7, now.serve)

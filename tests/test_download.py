@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.config import UserError
 from gpt.data import download
 from gpt.data.download import Wanted
+from gpt.utils.errors import UserError
 from scripts import download as script
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

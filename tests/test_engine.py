@@ -8,35 +8,35 @@ import numpy as np
 import pytest
 from conftest import configured
 
-from gpt import guard
-from gpt.config import Device
-from gpt.config_text import Split
+from gpt.config.cluster import Device
+from gpt.config.task_schemas import Split
 from gpt.data import corpus
-from gpt.data.samples import Samples
-from gpt.engine import Engine
-from gpt.guard import GuardError
-from gpt.topology import Topology
-from gpt.whole import Pieces, Slice
+from gpt.data.dataset import TokenDataset
+from gpt.parallel.topology import Topology
+from gpt.runs.checkpoint.reshard import ShardRange, TensorShards
+from gpt.train.trainer import Trainer
+from gpt.utils import signals
+from gpt.utils.signals import GuardError
 
 
 class Kept:
     """What one rank gave to a checkpoint, in memory."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: TensorShards) -> None:
         self.pieces = pieces
         self.shapes = {name: piece.shape for name, piece in pieces.items()}
 
-    def read(self, name: str, where: Slice) -> np.ndarray:
+    def read(self, name: str, where: ShardRange) -> np.ndarray:
         return self.pieces[name].array[tuple(slice(*ends) for ends in where.box(self.shapes[name]))]
 
 
-def make(small: list[str], *overrides: str) -> tuple[Engine, Samples]:
+def make(small: list[str], *overrides: str) -> tuple[Trainer, TokenDataset]:
     config = configured([*small, *overrides])
-    engine = Engine(config, Topology(config.parallel, Device.cpu))
-    return engine, Samples(config, corpus.prepare(config), Split.train)
+    engine = Trainer(config, Topology(config.parallel, Device.cpu))
+    return engine, TokenDataset(config, corpus.prepare(config), Split.train)
 
 
-def weights(engine: Engine) -> dict[str, np.ndarray]:
+def weights(engine: Trainer) -> dict[str, np.ndarray]:
     return {name: p.numpy() for name, p in engine.parameters.items()}
 
 
@@ -114,14 +114,14 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_are_touched(small: li
 
 def test_a_gradient_that_is_no_number_stops_too() -> None:
     with pytest.raises(GuardError, match=r"the gradient norm is inf at step 7"):
-        guard.require_finite(7, 1.0, float("inf"))
-    guard.require_finite(7, 1.0, None)
+        signals.require_finite(7, 1.0, float("inf"))
+    signals.require_finite(7, 1.0, None)
 
 
 def test_evaluation_is_the_mean_over_all_tokens_and_changes_nothing(small: list[str]) -> None:
     engine, _ = make(small, "data.split=[1,1,1]")
     before = weights(engine)
-    val = Samples(engine.config, corpus.prepare(engine.config), Split.val, shuffled=False)
+    val = TokenDataset(engine.config, corpus.prepare(engine.config), Split.val, shuffled=False)
     count = len(val)
     assert count % 4  # a last micro batch that is smaller
     loss = engine.evaluate(val, 10**6)

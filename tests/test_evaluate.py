@@ -16,16 +16,20 @@ from conftest import SMALL, configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import evaluation, log, measure
-from gpt.config import Config, Device, plain
-from gpt.config_evaluate import Detokenizer, Evaluate, EvaluateKind
-from gpt.data import passages
-from gpt.data.corpus import Part, Prepared
-from gpt.data.windows import Endings, Windows
-from gpt.engine import Engine
-from gpt.rules import rule_problems
-from gpt.runs import Job
-from gpt.topology import Topology
+from gpt.config.cluster import Device
+from gpt.config.derived import plain
+from gpt.config.rules import rule_problems
+from gpt.config.schema import Config
+from gpt.config.task_schemas import Detokenizer, Evaluate, EvaluateKind
+from gpt.data import eval_dataset
+from gpt.data.corpus import DatasetInfo, DatasetPart
+from gpt.data.eval_dataset import Continuations, Windows
+from gpt.parallel.topology import Topology
+from gpt.runs import evaluation
+from gpt.runs.run_dir import Job
+from gpt.train import evaluator
+from gpt.train.loggers import build
+from gpt.train.trainer import Trainer
 
 VOCAB = 300  # of 384 rows
 RNG = np.random.default_rng(7)
@@ -33,7 +37,7 @@ IDS = np.repeat(RNG.integers(0, VOCAB, 51), 2)[:101]  # what a model with a tied
 CONTEXTS = [RNG.integers(0, VOCAB, n) for n in (3, 40, 1, 17, 29)]
 ENDS = [RNG.integers(0, VOCAB, n) for n in (1, 2, 1, 4, 3)]
 TOKENS = Windows(IDS, 0, 101, length=32, stride=12, eot_id=int(IDS[50]))
-SENTENCES = Endings(CONTEXTS, ENDS, length=32)
+SENTENCES = Continuations(CONTEXTS, ENDS, length=32)
 
 
 def configuration(*overrides: str) -> Config:
@@ -42,14 +46,14 @@ def configuration(*overrides: str) -> Config:
     return configured([*small, *overrides])
 
 
-def engine_of() -> Engine:
+def engine_of() -> Trainer:
     config = configuration()
-    engine = Engine(config, Topology(config.parallel, Device.cpu))
+    engine = Trainer(config, Topology(config.parallel, Device.cpu))
     engine.model.eval()
     return engine
 
 
-def alone(engine: Engine, tokens: np.ndarray, last: int) -> list[tuple[float, bool]]:
+def alone(engine: Trainer, tokens: np.ndarray, last: int) -> list[tuple[float, bool]]:
     """Cross entropy of the ``last`` tokens of a row, and whether each was the arg max, from logits in float64."""
     logits = engine.model(paddle.to_tensor(tokens[None, :-1].astype(np.int64))).numpy()[0, -last:].astype(np.float64)
     each = logits - logits.max(-1, keepdims=True)
@@ -57,7 +61,7 @@ def alone(engine: Engine, tokens: np.ndarray, last: int) -> list[tuple[float, bo
     return [(-each[i, t], bool(logits[i].argmax() == t)) for i, t in enumerate(tokens[-last:])]
 
 
-def by_hand(engine: Engine, windows: Windows) -> tuple[float, int, int]:
+def by_hand(engine: Trainer, windows: Windows) -> tuple[float, int, int]:
     """Sum of cross entropies, tokens, right ones: for each target the one window that counts it, cut at the target."""
     nll, count, right = 0.0, 0, 0
     for target in range(1, len(windows.ids)):
@@ -98,7 +102,7 @@ def test_what_follows_end_of_text_does_not_count() -> None:
 
 
 def test_a_context_too_long_loses_its_beginning_and_that_is_counted() -> None:
-    rows = Endings([np.arange(10), np.arange(2)], [np.array([20, 21]), np.array([30])], length=5)
+    rows = Continuations([np.arange(10), np.arange(2)], [np.array([20, 21]), np.array([30])], length=5)
     assert rows.cut == 1
     batch = rows.batch(0, 2)
     assert batch.inputs_BT.tolist() == [[6, 7, 8, 9, 20], [0, 1, 0, 0, 0]]
@@ -115,10 +119,10 @@ def test_overlapping_windows_are_a_loop_over_single_tokens(stride: int, batch_si
     engine = engine_of()
     windows = Windows(IDS, 0, 101, 32, stride, int(IDS[50]))
     nll, count, right = by_hand(engine, windows)
-    found = measure.sums(engine, windows, batch_size)
+    found = evaluator.sums(engine, windows, batch_size)
     assert found.nll == pytest.approx(nll, rel=1e-5)
     assert (found.tokens, found.right, found.rows) == (count, right, len(windows))
-    some = measure.sums(engine, windows, batch_size, most=3)
+    some = evaluator.sums(engine, windows, batch_size, most=3)
     assert (some.rows, some.tokens < count) == (3, len(windows) > 3)
 
 
@@ -131,8 +135,8 @@ def test_cloze_is_a_loop_over_single_passages(batch_size: int) -> None:
         best = int(engine.model(paddle.to_tensor(CONTEXTS[i][None])).numpy()[0, -1].argmax())
         pairs[i] = (CONTEXTS[i], np.array([best] + [(best + 1) % VOCAB] * extra))
     each = [alone(engine, np.concatenate(pair)[-33:], len(pair[1])) for pair in pairs]
-    rows = Endings([c for c, _ in pairs], [e for _, e in pairs], 32)
-    found = measure.sums(engine, rows, batch_size)
+    rows = Continuations([c for c, _ in pairs], [e for _, e in pairs], 32)
+    found = evaluator.sums(engine, rows, batch_size)
     assert found.nll == pytest.approx(sum(loss for one in each for loss, _ in one), rel=1e-5)
     assert found.tokens == sum(len(one) for one in each)
     assert found.rows == len(pairs)
@@ -140,28 +144,28 @@ def test_cloze_is_a_loop_over_single_passages(batch_size: int) -> None:
     assert expected[:3] == [True, False, False]
     assert found.rows_right == sum(expected)
     by_row = {
-        rows.order[first + i]: nll for first, s in measure.scored(engine, rows, 1) for i, nll in enumerate(s.nll_B)
+        rows.order[first + i]: nll for first, s in evaluator.scored(engine, rows, 1) for i, nll in enumerate(s.nll_B)
     }
     assert by_row[1] == pytest.approx(sum(loss for loss, _ in each[1]), rel=1e-5)
 
 
 def test_padding_rows_and_the_size_of_a_piece_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of()
-    expected = measure.sums(engine, TOKENS, 2)
-    monkeypatch.setattr("gpt.scores.LOGITS", 384 * 5)  # five rows at once
+    expected = evaluator.sums(engine, TOKENS, 2)
+    monkeypatch.setattr("gpt.model.token_scores.LOGITS", 384 * 5)  # five rows at once
     word = engine.parameters["word.weight"]
     values = word.numpy()
     values[VOCAB:] = 50 * np.abs(values).max() * RNG.standard_normal((84, 32))
     word.set_value(values)
-    found = measure.sums(engine, TOKENS, 2)
+    found = evaluator.sums(engine, TOKENS, 2)
     assert found.nll == pytest.approx(expected.nll, rel=1e-6)
     assert found.right == expected.right > 10
 
 
 def test_it_stops_between_two_batches() -> None:
     asked = iter([False, False, True])
-    with pytest.raises(measure.Interrupted):
-        measure.sums(engine_of(), TOKENS, 1, stop=lambda: next(asked))
+    with pytest.raises(evaluator.Interrupted):
+        evaluator.sums(engine_of(), TOKENS, 1, stop=lambda: next(asked))
     assert list(asked) == []
 
 
@@ -170,7 +174,7 @@ def test_it_stops_between_two_batches() -> None:
 def test_the_sums_are_those_of_one_process(layout: str) -> None:
     # Five batches, one of them smaller, over two replicas or a pipeline that takes two at a time.
     engine = engine_of()
-    expected = [vars(measure.sums(engine, rows, 2)) for rows in (TOKENS, SENTENCES)]
+    expected = [vars(evaluator.sums(engine, rows, 2)) for rows in (TOKENS, SENTENCES)]
     overrides = [f"parallel={layout}", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"]
     config = plain(configuration(*overrides))
     for found in harness.run("ranks:measured", 2, config):
@@ -183,8 +187,8 @@ def test_the_sums_are_those_of_one_process(layout: str) -> None:
 
 def test_wikitext_is_put_together_again() -> None:
     raw = ' = Valkyria = \n \n A 1 @,@ 500 @.@ 5 @-@ ton ship ( or two ) ; " the first " was the crew \'s . \n'
-    assert passages.detokenize(raw, Detokenizer.none) == raw
-    assert passages.detokenize(raw, Detokenizer.wikitext) == (
+    assert eval_dataset.detokenize(raw, Detokenizer.none) == raw
+    assert eval_dataset.detokenize(raw, Detokenizer.wikitext) == (
         ' = Valkyria =\n\nA 1,500.5-ton ship (or two); "the first" was the crew\'s.\n'
     )
 
@@ -218,7 +222,7 @@ def test_what_is_wrong_with_a_file_is_said_line_by_line(
     if content is not None:
         (tmp_path / name).write_bytes(content)
     settings = Evaluate(kind=EvaluateKind(kind), path=str(tmp_path / name), json_key="text")
-    found = passages.problems(settings)
+    found = eval_dataset.problems(settings)
     assert len(found) == len(expected)
     assert all(part in problem for part, problem in zip(expected, found, strict=True)), found
 
@@ -226,9 +230,9 @@ def test_what_is_wrong_with_a_file_is_said_line_by_line(
 def test_texts_are_read_packed_and_by_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"body": "one two"}\n{"body": "three"}'))
     settings = Evaluate(kind=EvaluateKind.text, path=str(tmp_path / "a.jsonl.gz"), json_key="body")
-    assert passages.read(settings) == ["one two", "three"]
+    assert eval_dataset.read(settings) == ["one two", "three"]
     (tmp_path / "wiki.test.tokens").write_text(" = A = \n\n b c\n")
-    assert passages.read(Evaluate(kind=EvaluateKind.text, path=str(tmp_path / "wiki.test.tokens"))) == [
+    assert eval_dataset.read(Evaluate(kind=EvaluateKind.text, path=str(tmp_path / "wiki.test.tokens"))) == [
         " = A = \n\n b c\n"
     ]
 
@@ -257,7 +261,7 @@ def test_keys_that_do_not_go_together_are_named(overrides: list[str], expected: 
 def job(tmp_path: Path, *overrides: str) -> Job:
     config = configured(["task=evaluate", *overrides])
     config.checkpoint = str(tmp_path)
-    return Job(config, Prepared([Part("x", 1.0)], "f", None, None, None, 100), tmp_path, ["python"])
+    return Job(config, DatasetInfo([DatasetPart("x", 1.0)], "f", None, None, None, 100), tmp_path, ["python"])
 
 
 def test_what_the_run_cannot_do_is_known_before_the_start(tmp_path: Path) -> None:
@@ -324,11 +328,11 @@ def test_wandb_gets_the_figures_in_the_run_of_the_training_if_it_opens(
     if trained_with:
         (tmp_path / "wandb_id").write_text("abc")
     it = job(tmp_path, "logger=wandb", f"logger.wandb.mode={mode}")
-    log.summarise(it, 20, "text some/where/wiki.test.tokens", {"loss": 2.5, "detokenizer": "none"})
+    build.summarise(it, 20, "text some/where/wiki.test.tokens", {"loss": 2.5, "detokenizer": "none"})
     assert [(asked.get("id"), asked.get("job_type")) for asked in fake.asked] == expected
     assert fake.run.summary == {"eval/text wiki.test.tokens/loss": 2.5, "eval/text wiki.test.tokens/step": 20}
 
 
 def test_tensorboard_gets_them_too(tmp_path: Path) -> None:
-    log.summarise(job(tmp_path, "logger=tensorboard"), 20, "val split", {"loss": 2.5})
+    build.summarise(job(tmp_path, "logger=tensorboard"), 20, "val split", {"loss": 2.5})
     assert any((tmp_path / "tensorboard").iterdir())

@@ -13,14 +13,16 @@ import paddle
 import pytest
 from conftest import Ran, configured
 
-from gpt import checkpoint, harness, trained
-from gpt.config import one_rank
+from gpt import lm_eval
+from gpt.config.derived import one_rank
 from gpt.data import tokenizer
-from gpt.engine import Engine
-from gpt.guard import Signals
+from gpt.lm_eval import EvalModel
+from gpt.parallel.topology import Topology
+from gpt.runs import source
+from gpt.runs.checkpoint import checkpoint
 from gpt.tasks import evaluate
-from gpt.text.answers import Answers
-from gpt.topology import Topology
+from gpt.train.trainer import Trainer
+from gpt.utils.signals import Signals
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., Ran]
@@ -33,9 +35,9 @@ class Hand:
     """The trained model, one row at a time, in float64."""
 
     def __init__(self, run_dir: Path) -> None:
-        job = trained.job(configured(["task=evaluate", f"checkpoint={run_dir}"]), run_dir)
-        found = checkpoint.require(run_dir, print)
-        self.engine = Engine(
+        job = source.job(configured(["task=evaluate", f"checkpoint={run_dir}"]), run_dir)
+        found = checkpoint.load_or_fail(run_dir, print)
+        self.engine = Trainer(
             one_rank(job.config), Topology(job.config.parallel, job.config.cluster.device), train=False
         )
         self.engine.load(found.model(), None, {})
@@ -136,13 +138,13 @@ def test_what_is_wrong_leaves_nothing_behind(gpt: Run, whole: Path, files: Path)
 
 def test_a_split_is_every_token_of_its_documents(whole: Path, hand: Hand, tmp_path: Path) -> None:
     ask = ["task=evaluate", f"checkpoint={whole}", "evaluate.split=val", "evaluate.stride=20", "evaluate.max_samples=4"]
-    job = trained.job(configured(ask), tmp_path)
+    job = source.job(configured(ask), tmp_path)
     assert evaluate.run(job, Signals()) == 0
     found = json.loads((tmp_path / "evaluation.json").read_text())["val split"]
-    from gpt.data import tokens
+    from gpt.data import token_files
 
-    token_set = tokens.load(job.data.parts[0].path)
-    first = tokens.split_bounds(token_set.documents, job.config.data.split)[1]
+    token_set = token_files.load(job.data.parts[0].path)
+    first = token_files.split_bounds(token_set.documents, job.config.data.split)[1]
     ids = [int(i) for i in token_set.ids[int(token_set.document_ends[first - 1]) :][: 32 + 3 * 20 + 1]]
     nll, count = 0.0, 0
     for target in range(1, len(ids)):
@@ -176,7 +178,7 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
          metric_list=[{"metric": "bits_per_byte"}])  # fmt: skip
     task(files, "go_on", output_type="generate_until", generation_kwargs={"until": ["\n"], "max_gen_toks": 4},
          metric_list=[{"metric": "exact_match"}])  # fmt: skip
-    harness.register()
+    lm_eval.register()
     model = get_model("gpt")(checkpoint=str(whole), batch_size=3, device="cpu")
     manager = TaskManager(include_path=str(files), include_defaults=False)
     ran = lm_eval.simple_evaluate(
@@ -202,7 +204,7 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
 
 
 def test_a_text_goes_on_greedily_up_to_a_stop(whole: Path, hand: Hand) -> None:
-    answers = Answers(harness.trained_job(str(whole), "fp32", on_cpu=True))
+    answers = EvalModel(lm_eval.trained_job(str(whole), "fp32", on_cpu=True))
     ids = hand.encode("The default")
     for _ in range(6):
         ids.append(int(hand.engine.model(paddle.to_tensor([ids])).numpy()[0, -1].argmax()))

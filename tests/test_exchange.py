@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from conftest import configured
 
-from gpt import sockets
-from gpt.config import Device
-from gpt.data.samples import Batch
-from gpt.model import GPT
-from gpt.shapes import WORD, owners, parameter_shapes
-from gpt.topology import Topology
+from gpt.config.cluster import Device
+from gpt.config.parameters import WORD, owners, parameter_shapes
+from gpt.data.dataset import Batch
+from gpt.model.gpt import GPT
+from gpt.parallel.cpu import sockets
+from gpt.parallel.topology import Topology
 
 
 class Store:
@@ -80,7 +80,7 @@ def test_nobody_passes_a_gate_before_all_are_there(store: Store) -> None:
     late = time.monotonic() + 0.3
 
     def pass_gate(rank: int) -> float:
-        gate = sockets.Gate(store, "gate", rank, 3)
+        gate = sockets.SocketBarrier(store, "gate", rank, 3)
         gate.enter()
         if rank == 2:
             time.sleep(max(0.0, late - time.monotonic()))
@@ -93,7 +93,7 @@ def test_nobody_passes_a_gate_before_all_are_there(store: Store) -> None:
 
 
 def test_a_gate_says_that_a_rank_has_ended(store: Store) -> None:
-    gates = on_all(2, lambda rank: sockets.Gate(store, "gate", rank, 2))
+    gates = on_all(2, lambda rank: sockets.SocketBarrier(store, "gate", rank, 2))
     gates[1].close()
     with pytest.raises(ConnectionError, match="has ended"):
         gates[0].enter()

@@ -17,8 +17,8 @@ import harness
 import pytest
 from conftest import ROOT, Ran, configured
 
-from gpt import trained
-from gpt.config import plain
+from gpt.config.derived import plain
+from gpt.runs import source
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., Ran]
@@ -35,7 +35,7 @@ def texts(run_dir: Path, ranks: int, *overrides: str) -> list[list[str]]:
     """Of random texts, two for each prompt, by the first of some ranks."""
     ask = ["task=generate", f"checkpoint={run_dir}", "generate.num_return_sequences=2", "generate.max_new_tokens=40"]
     config = configured([*ask, *overrides])
-    job = plain(trained.job(config, run_dir).config)
+    job = plain(source.job(config, run_dir).config)
     found = harness.run("ranks:write", ranks, job, PROMPTS, 1 if "dp" in str(overrides) else 3)
     assert all(texts == found[0] for texts in found)
     return found[0]

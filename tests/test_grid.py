@@ -16,14 +16,13 @@ import pytest
 from conftest import ROOT, SMALL, Ran, metrics
 from played import PLAYER, cells
 
-from gpt import runs
-from gpt.console import Console
-from gpt.grid import launching, running
-from gpt.grid.board import Outcome
-from gpt.grid.cells import Cell, State
-from gpt.grid.folder import Folder
-from gpt.grid.running import Live
-from gpt.launching import JobFailed
+from gpt.runs import run_dir
+from gpt.runs.grid import Cell, Folder, State
+from gpt.utils.console import Console
+from launchers.job import JobFailed
+from launchers.sweep import launch, local_runner
+from launchers.sweep.display import CellOutcome
+from launchers.sweep.local_runner import Live
 
 Run = Callable[..., Ran]
 
@@ -34,18 +33,18 @@ def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     player = tmp_path / "player"
     player.write_text(PLAYER)
     player.chmod(0o755)
-    monkeypatch.setattr(running.sys, "executable", str(player))
+    monkeypatch.setattr(local_runner.sys, "executable", str(player))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # slots are shared by user and host
-    monkeypatch.setattr(running, "SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(local_runner, "SHOW_SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def start(some: list[Cell], **more: Any) -> dict[str, Outcome]:
-    return running.run(some, Folder(Path("outputs/grids/g")), ["a", "command"], Console(), **more)
+def start(some: list[Cell], **more: Any) -> dict[str, CellOutcome]:
+    return local_runner.run(some, Folder(Path("outputs/grids/g")), ["a", "command"], Console(), **more)
 
 
-def states(outcomes: dict[str, Outcome]) -> list[str]:
+def states(outcomes: dict[str, CellOutcome]) -> list[str]:
     return [outcome.state for outcome in outcomes.values()]
 
 
@@ -127,27 +126,27 @@ def test_a_sweeper_sees_what_runs_and_can_end_one_and_start_the_next_batch(playe
     ]
     start(cells(2), first=False)
     assert set(Folder(Path("outputs/grids/g")).read()["cells"]) == {"run_15", "run_1", "run_2"}
-    pruned, done = (launching._returned(cell, outcomes[cell.name]) for cell in cells(15, 1))
+    pruned, done = (launch._returned(cell, outcomes[cell.name]) for cell in cells(15, 1))
     assert (pruned.return_value, done.return_value) == (4.5, 5.0)
 
 
 def test_failed_cells_are_told_to_sweepers_as_hydra_wants_it(played: Path) -> None:
     some = cells(1, 13)
     outcomes = start(some)
-    returns = [launching._returned(cell, outcomes[cell.name]) for cell in some]
+    returns = [launch._returned(cell, outcomes[cell.name]) for cell in some]
     assert returns[0].return_value == 5.0
     with pytest.raises(JobFailed, match="seed=13: failed"):
         returns[1].return_value  # noqa: B018
     with pytest.raises(JobFailed, match="1 of 2 cells are not done; the same command tries them again") as ended:
-        launching.conclude(returns)
+        launch.raise_for_failures(returns)
     assert ended.value.code == 1
-    launching.conclude(returns[:1])
+    launch.raise_for_failures(returns[:1])
 
 
 def test_cells_that_another_driver_runs_are_left_alone_and_named(
     played: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = runs.lock_of(Path("outputs/run_1"))
+    theirs = run_dir.lock_of(Path("outputs/run_1"))
     assert theirs.acquire()
     outcomes = start(cells(1, 2))
     assert states(outcomes) == ["elsewhere", "done"]
@@ -159,7 +158,7 @@ def test_cells_that_another_driver_runs_are_left_alone_and_named(
 
 
 def test_a_cell_that_another_driver_finished_meanwhile_is_not_started_again(played: Path) -> None:
-    runner = running.Runner(cells(1), Folder(Path("outputs/grids/g")), Console(), None)
+    runner = local_runner.Runner(cells(1), Folder(Path("outputs/grids/g")), Console(), None)
     runner.folder.add(cells(1), [])
     entries = runner.look()  # it is new
     start(cells(1))  # somebody else is quicker
@@ -209,7 +208,7 @@ def test_a_grid_that_is_killed_twice_and_grown_ends_complete_with_nothing_traine
         )
 
     def records() -> int:
-        return sum(len(runs.read_metrics(run)) for run in outputs.glob("tiny_*"))
+        return sum(len(run_dir.read_metrics(run)) for run in outputs.glob("tiny_*"))
 
     killed = driver()
     wait_until(lambda: records() > 8)
@@ -219,7 +218,7 @@ def test_a_grid_that_is_killed_twice_and_grown_ends_complete_with_nothing_traine
     wait_until(lambda: sum(e["event"] == "ended" for e in folder.events()) >= 3 and records() > before)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(120) == 143
-    assert not any(runs.held(run) for run in outputs.glob("tiny_*"))
+    assert not any(run_dir.is_locked(run) for run in outputs.glob("tiny_*"))
     twelve = folder.read()["cells"]
     assert len(twelve) == 12
 

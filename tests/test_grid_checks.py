@@ -18,13 +18,14 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from played import cells
 
-from gpt import cli, config
-from gpt.config import UserError
-from gpt.console import Console
-from gpt.grid import board, checks, composing, launching
-from gpt.grid.board import Line, Outcome
-from gpt.grid.cells import Cell, label
-from launchers import host
+from gpt import cli
+from gpt.config import derived
+from gpt.runs.grid import Cell, label
+from gpt.utils import machine
+from gpt.utils.console import Console
+from gpt.utils.errors import UserError
+from launchers.sweep import checks, compose, display, launch
+from launchers.sweep.display import CellOutcome, Line
 
 Run = Callable[..., Ran]
 
@@ -37,9 +38,9 @@ def test_the_live_table_fits_the_terminal_also_with_many_cells(width: int) -> No
 
     record = {"step": 4, "train/loss": 5.25, "tokens_per_second": 1234.0}
     lines = [Line(cell, record, 75.0) for cell in cells(*range(200), more=("model.dropout=0.15",))]
-    foot = board.tally([Outcome("running")] * 200 + [Outcome("done before")])
+    foot = display.tally([CellOutcome("running")] * 200 + [CellOutcome("done before")])
     rich = Rich(width=width, height=24, record=True, file=io.StringIO())
-    rich.print(board.table(lines, foot, 24))
+    rich.print(display.table(lines, foot, 24))
     shown = rich.export_text().splitlines()
     assert len(shown) <= 24
     assert all(len(line) <= width for line in shown)
@@ -50,10 +51,10 @@ def test_the_live_table_fits_the_terminal_also_with_many_cells(width: int) -> No
 
 def test_at_the_end_what_is_not_done_is_listed_and_the_rest_counted(capsys: pytest.CaptureFixture[str]) -> None:
     some = [Cell([], cell.config, Path("outputs", f"run_{i}"), [f"x={i}"]) for i, cell in enumerate(cells(1) * 300)]
-    outcomes = {cell.name: Outcome("done" if i < 150 else "not started") for i, cell in enumerate(some)}
-    outcomes["run_150"] = Outcome("failed", code=3, seconds=75.0)
-    outcomes["run_299"] = Outcome("elsewhere")
-    board.closing(Console(), some, outcomes, 3675.0)
+    outcomes = {cell.name: CellOutcome("done" if i < 150 else "not started") for i, cell in enumerate(some)}
+    outcomes["run_150"] = CellOutcome("failed", code=3, seconds=75.0)
+    outcomes["run_299"] = CellOutcome("elsewhere")
+    display.closing(Console(), some, outcomes, 3675.0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["x=150", "failed", "3", "1:15", "run_150"]
     assert lines[-3:] == [
@@ -97,12 +98,12 @@ CASES = [
 def test_a_cell_is_composed_as_hydra_composes_it(overrides: list[str], hydra: Any) -> None:
     """And its run is that of the single command."""
     grid = master(hydra)
-    composer = composing.Composer(hydra, grid)
+    composer = compose.Composer(hydra, grid)
     composer.compose(["seed=7", *[o for o in overrides if "=" in o and "." not in o and "seed" not in o]])  # kept
     composed, choices = composer.compose(overrides)
     whole = hydra.load_sweep_config(grid, overrides)
-    assert cli.checked(composed, choices, overrides) == config.typed(
-        config.plain(cli.checked(cli.job_config(whole), whole.hydra.runtime.choices, overrides))
+    assert cli.validate_or_fail(composed, choices, overrides) == derived.typed(
+        derived.plain(cli.validate_or_fail(cli.job_config(whole), whole.hydra.runtime.choices, overrides))
     )
     assert cli.name_of_run(composed, choices, overrides, Path("outputs")) == str(whole.hydra.sweep.subdir)
 
@@ -110,7 +111,7 @@ def test_a_cell_is_composed_as_hydra_composes_it(overrides: list[str], hydra: An
 def test_all_problems_of_all_cells_are_told_at_once(hydra: Any) -> None:
     lists = [[f"seed={seed}", f"model.heads={heads}"] for seed in ("1", "x") for heads in (3, 4)]
     with pytest.raises(UserError) as refused:
-        composing.compose(hydra, master(hydra), lists)
+        compose.compose(hydra, master(hydra), lists)
     said = refused.value.problems
     assert said[0].startswith("seed=1 heads=3: model.hidden=128 is not divisible by model.heads=3")
     assert said[1].startswith("seed=x: Value 'x' of type 'str' could not be converted to Integer (in 2 of 4 cells")
@@ -182,7 +183,7 @@ def test_cells_that_cannot_be_one_grid(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_cell_that_needs_more_slots_than_there_are_would_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "cores", lambda: 2)
+    monkeypatch.setattr(machine, "cores", lambda: 2)
     big = cells(1, 2, more=("parallel=dp8", "trainer.global_batch_size=32"))
     with pytest.raises(UserError) as refused:
         checks.slots(big, 4)
@@ -196,5 +197,5 @@ def test_a_cell_that_needs_more_slots_than_there_are_would_wait_for_ever(monkeyp
 def test_cells_that_are_the_same_run_once_with_a_word(capsys: pytest.CaptureFixture[str]) -> None:
     one, two = cells(1, 2)
     again = Cell([*one.overrides, "trainer.log_every=9"], one.config, one.run_dir, ["log_every=9"])
-    assert launching._once([one, two, again, one], Console()) == [one, two]
+    assert launch._deduplicate([one, two, again, one], Console()) == [one, two]
     assert "3 cells are one run, run_1, which runs once" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.data import megatron, tokenizer, tokens
+from gpt.data import token_files, tokenizer
 from scripts import convert_tokens, inspect_tokens
 
 
@@ -20,7 +20,7 @@ def corpus(tmp_path: Path) -> tuple[Path, Path]:
     documents = [[*encoder.encode("one fish two fish"), encoder.eot], [], [*encoder.encode("red fish"), encoder.eot]]
     lens = np.array([len(d) for d in documents])
     ids = np.array([t for d in documents for t in d])
-    for write, name in ((tokens.write, "a"), (megatron.write, "b")):
+    for write, name in ((token_files.write, "a"), (token_files.write_megatron, "b")):
         write(str(tmp_path / name), ids, lens, np.arange(4), np.uint16)
     return tmp_path, vocabulary
 
@@ -42,7 +42,7 @@ def test_documents_decode_and_figures_count(
 
 
 def test_the_entropy_is_that_of_the_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokens.write(str(tmp_path / "a"), np.array([5, 5, 7, 7]), np.array([4]), np.arange(2), np.uint16)
+    token_files.write(str(tmp_path / "a"), np.array([5, 5, 7, 7]), np.array([4]), np.arange(2), np.uint16)
     assert inspect_tokens.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert f"{np.log(2):.3f} nats a token" in out
@@ -52,7 +52,7 @@ def test_the_entropy_is_that_of_the_counts(tmp_path: Path, capsys: pytest.Captur
 
 def test_another_datas_tokenizer_is_noticed(corpus: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder, vocabulary = corpus
-    tokens.write(str(folder / "c"), np.array([60000]), np.array([1]), np.arange(2), np.uint16)
+    token_files.write(str(folder / "c"), np.array([60000]), np.array([1]), np.arange(2), np.uint16)
     assert inspect_tokens.main([str(folder / "c"), "--tokenizer", str(vocabulary)]) == 0
     assert "WARNING     token 60000 is beyond this tokenizer" in capsys.readouterr().out
 

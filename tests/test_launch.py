@@ -18,11 +18,12 @@ import pytest
 from conftest import ROOT, configured
 from test_signals import alive
 
-from gpt import heartbeat
-from gpt.config import Device
-from gpt.heartbeat import Beat
-from launchers import ending, host, local, places
-from launchers.ending import Outcome, blamed
+from gpt.config.cluster import Device
+from gpt.utils import heartbeat, machine
+from gpt.utils.heartbeat import Beat
+from launchers import checks, local, rank_env
+from launchers import outcome as launchers_outcome
+from launchers.outcome import Outcome, root_cause
 from launchers.watchdog import Watchdog, missing, named
 
 HEAD = f"""
@@ -48,7 +49,7 @@ def launched(script: str, ranks: int = 2, **more: Any) -> tuple[Outcome, list[st
     """Run it on so many ranks; the outcome, what rank 0 showed, and the seconds."""
     shown: list[str] = []
     begin = time.monotonic()
-    settings: dict[str, Any] = {"poll": lambda: None, "places": lambda: places.here(ranks, gpu=False), **more}
+    settings: dict[str, Any] = {"poll": lambda: None, "places": lambda: rank_env.here(ranks, gpu=False), **more}
     choose = settings.pop("places")
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     logs = Path(script).parent / "logs"
@@ -65,7 +66,7 @@ def test_every_rank_knows_its_place_and_has_a_port_of_its_own(standin: Callable[
     assert shown == ["rank 0"]  # the others are in their logs
     assert (tmp_path / "logs" / "worker.1.log").read_text() == "rank 1\n"
 
-    several = [place.variables() for place in places.here(4, gpu=False)]
+    several = [place.variables() for place in rank_env.here(4, gpu=False)]
     endpoints = several[0]["PADDLE_TRAINER_ENDPOINTS"].split(",")
     assert len({*endpoints, several[0]["PADDLE_MASTER"]}) == 5
     for rank, variables in enumerate(several):
@@ -77,7 +78,7 @@ def test_every_rank_knows_its_place_and_has_a_port_of_its_own(standin: Callable[
         assert variables["PADDLE_NNODES"] == "1"
         assert variables["PADDLE_DISTRI_BACKEND"] == "gloo"
         assert "FLAGS_selected_gpus" not in variables
-    on_gpus = [place.variables() for place in places.here(2, gpu=True)]
+    on_gpus = [place.variables() for place in rank_env.here(2, gpu=True)]
     assert [variables["FLAGS_selected_gpus"] for variables in on_gpus] == ["0", "1"]
     assert "PADDLE_DISTRI_BACKEND" not in on_gpus[0]
 
@@ -85,7 +86,7 @@ def test_every_rank_knows_its_place_and_has_a_port_of_its_own(standin: Callable[
 def test_variables_of_other_jobs_stay_out_and_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PADDLE_MASTER", "PADDLE_TRAINER_ENDPOINTS", "FLAGS_selected_gpus", "POD_IP", "TRAINING_ROLE"):
         monkeypatch.setenv(name, "of another job")
-    monkeypatch.setattr(host, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     env = local.environment(configured([]), 4, live=False)
     assert "of another job" not in env.values()
     assert env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "2"
@@ -136,7 +137,7 @@ def test_a_rank_that_lost_its_connection_does_not_hide_the_cause(standin: Callab
 def test_a_lost_connection_without_another_cause_is_shown_in_the_end(
     standin: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "VICTIM_SECONDS", 0.5)
+    monkeypatch.setattr(launchers_outcome, "VICTIM_SECONDS", 0.5)
     outcome, _, seconds = launched(standin("print('Broken pipe') if rank else time.sleep(600)\nsys.exit(1)\n"))
     assert (outcome.code, outcome.rank) == (1, 1)
     assert 0.5 < seconds < 20
@@ -152,7 +153,7 @@ def test_ranks_that_leave_on_purpose_may_finish_saving(standin: Callable[[str], 
 def test_a_rank_that_ignores_the_end_is_ended(
     standin: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "END_SECONDS", 0.5)
+    monkeypatch.setattr(launchers_outcome, "END_SECONDS", 0.5)
     ready = str(tmp_path / "ready")
     body = (
         "if rank == 0:\n"
@@ -185,7 +186,7 @@ def test_blame_goes_to_who_was_first_unless_it_is_a_victim() -> None:
             return True
 
     def rank_of(*workers: Fake, now: float = 10.0, sent: signal.Signals | None = None) -> int | None:
-        found = blamed(workers, now, sent)
+        found = root_cause(workers, now, sent)
         return found.rank if found else None
 
     running = Fake(0, None, None)
@@ -213,9 +214,9 @@ def test_a_port_that_is_taken_meanwhile_costs_one_more_start(standin: Callable[[
         port = f"127.0.0.1:{taken.getsockname()[1]}"
         starts: list[int] = []
 
-        def choose() -> list[places.Place]:
+        def choose() -> list[rank_env.RankEnv]:
             starts.append(1)
-            free = places.here(2, gpu=False)
+            free = rank_env.here(2, gpu=False)
             return [replace(place, master=port) for place in free] if len(starts) == 1 else free
 
         outcome, shown, _ = launched(script, places=choose)
@@ -224,7 +225,7 @@ def test_a_port_that_is_taken_meanwhile_costs_one_more_start(standin: Callable[[
         assert any("a port of this job was taken by another program" in line for line in shown)
 
         starts.clear()
-        always, _, _ = launched(script, places=lambda: [replace(p, master=port) for p in places.here(2, gpu=False)])
+        always, _, _ = launched(script, places=lambda: [replace(p, master=port) for p in rank_env.here(2, gpu=False)])
         assert always.code == 1
         assert always.port_taken
 
@@ -236,7 +237,7 @@ def test_a_hang_ends_with_3_and_names_who_did_not_arrive(standin: Callable[[str]
     body = (
         "from pathlib import Path\n"
         "import faulthandler\n"
-        "from gpt import heartbeat\n"
+        "from gpt.utils import heartbeat\n"
         "faulthandler.register(signal.SIGUSR1)\n"
         "heartbeat.begin(Path(sys.argv[0]).parent / 'logs', rank)\n"
         "for step in range(1, 8):\n"
@@ -310,16 +311,16 @@ def test_a_heartbeat_is_whole_at_any_time_and_costs_little(tmp_path: Path) -> No
 
 
 def test_more_ranks_than_gpus_are_refused_with_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "paddle_package", lambda: ("paddlepaddle-gpu", "3.3.1"))
+    monkeypatch.setattr(machine, "paddle_package", lambda: ("paddlepaddle-gpu", "3.3.1"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     config = configured(["parallel=dp8", "trainer.global_batch_size=8", "trainer.micro_batch_size=1"])
     config.cluster.device = Device.gpu
-    (problem,) = host.problems(config, 8)
+    (problem,) = checks.problems(config, 8)
     assert problem == (
         "8 ranks need a GPU each, and this host has 2: "
         "of the presets of parallel, dp2, mp2, pp2, sharding2, sharding2_stage2, sharding2_stage3, single fit; "
         "cluster.device=cpu simulates all 8 ranks on the CPU"
     )
-    assert host.problems(config, 2) == []
+    assert checks.problems(config, 2) == []
     config.cluster.device = Device.cpu
-    assert host.problems(config, 8) == []
+    assert checks.problems(config, 8) == []

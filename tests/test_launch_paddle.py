@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, metrics
 from test_signals import alive, wait_for
 
-from launchers import local, places
-from launchers.ending import Outcome
+from launchers import local, rank_env
+from launchers.outcome import Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +45,9 @@ def launched(folder: Path, how: str, ranks: int, taken: str = "") -> tuple[Outco
     shown: list[str] = []
     starts: list[int] = []
 
-    def choose() -> list[places.Place]:
+    def choose() -> list[rank_env.RankEnv]:
         starts.append(1)
-        free = places.here(ranks, gpu=False)
+        free = rank_env.here(ranks, gpu=False)
         return [replace(place, master=taken) for place in free] if taken and len(starts) == 1 else free
 
     outcome = local.run_workers(

@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 from conftest import configured
 
-from gpt import log, runs
-from gpt.config import plain
-from gpt.data.corpus import Part, Prepared
-from gpt.report import loss_curve
-from gpt.runs import Job
+from gpt.config.derived import plain
+from gpt.data.corpus import DatasetInfo, DatasetPart
+from gpt.runs import run_dir
+from gpt.runs.run_dir import Job
+from gpt.train.loggers import base as loggers_base
+from gpt.train.loss_curve import loss_curve
 
 
 def job(tmp_path: Path, *overrides: str) -> Job:
-    data = Prepared([Part("x", 1.0)], "f", None, None, None, 100)
+    data = DatasetInfo([DatasetPart("x", 1.0)], "f", None, None, None, 100)
     return Job(configured(["data=tokens", "data.path=x", *overrides]), data, tmp_path, ["python", "-m", "gpt.main"])
 
 
 def test_records_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sink = log.Jsonl(tmp_path / "metrics.jsonl")
+    sink = loggers_base.Jsonl(tmp_path / "metrics.jsonl")
     sink.write({"step": 1})
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
@@ -39,9 +40,9 @@ def test_records_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest
 def test_a_torn_line_and_later_steps_are_dropped_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    runs.truncate_metrics(tmp_path, 2)
+    run_dir.truncate_metrics(tmp_path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert [r["step"] for r in runs.read_metrics(tmp_path)] == [1, 2]
+    assert [r["step"] for r in run_dir.read_metrics(tmp_path)] == [1, 2]
 
 
 def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_the_picture_is_drawn_from_the_records(tmp_path: Path) -> None:
 
 def test_a_run_is_named_after_what_it_computes() -> None:
     base = plain(configured([]))
-    name = runs.run_name(base, "single")
+    name = run_dir.run_name(base, "single")
     assert name.startswith("tiny_single_")
     for same in (
         ["logger=wandb"],
@@ -65,11 +66,11 @@ def test_a_run_is_named_after_what_it_computes() -> None:
         ["task=generate"],
         ["cluster.threads=1"],
     ):
-        assert runs.run_name(plain(configured(same)), "single") == name
+        assert run_dir.run_name(plain(configured(same)), "single") == name
     for other in (["seed=2"], ["optimizer.lr=1e-3"], ["trainer.max_steps=9"], ["data.seq_len=64"]):
-        assert runs.run_name(plain(configured(other)), "single") != name
+        assert run_dir.run_name(plain(configured(other)), "single") != name
 
 
 def test_the_default_run_keeps_its_name_from_version_to_version() -> None:
     """The name of 0.1.0's first runs: with another one the same command would start afresh beside them."""
-    assert runs.run_name(plain(configured([])), "single") == "tiny_single_faf5290b"
+    assert run_dir.run_name(plain(configured([])), "single") == "tiny_single_faf5290b"

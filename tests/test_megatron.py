@@ -11,10 +11,10 @@ from conftest import SMALL, configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.config import UserError
-from gpt.config_text import Split
-from gpt.data import corpus, megatron, tokenizer, tokens
-from gpt.data.samples import Samples
+from gpt.config.task_schemas import Split
+from gpt.data import corpus, token_files, tokenizer
+from gpt.data.dataset import TokenDataset
+from gpt.utils.errors import UserError
 from scripts import convert_tokens
 
 
@@ -49,7 +49,7 @@ CODES = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}
 def test_every_integer_type_is_read(tmp_path: Path, code: int, modes: bool) -> None:
     sentences = [[1, 2, 3], [4], [], [5, 6, 127]]
     by_hand(tmp_path / "a", sentences, [0, 2, 4], code, CODES[code], modes)
-    token_set = tokens.load(str(tmp_path / "a"))
+    token_set = token_files.load(str(tmp_path / "a"))
     assert token_set.ids.tolist() == [1, 2, 3, 4, 5, 6, 127]
     assert token_set.document_ends.tolist() == [4, 7]
     assert token_set.largest_id() == 127
@@ -72,7 +72,7 @@ def test_conversion_there_and_back_changes_nothing(
         assert (folder / "b.idx").read_bytes() == (folder / "a.idx").read_bytes()
     for name in ("_ids.npy", "_idx.npz"):
         assert (folder / f"again{name}").exists()
-    for one, other in zip(tokens.read(str(folder / "a")), tokens.read(str(folder / "again")), strict=True):
+    for one, other in zip(token_files.read(str(folder / "a")), token_files.read(str(folder / "again")), strict=True):
         assert one.tolist() == other.tolist()
 
 
@@ -80,7 +80,7 @@ def test_what_is_written_is_the_format_byte_by_byte(tmp_path: Path) -> None:
     sentences = [[1, 2, 65535], [], [5]]
     by_hand(tmp_path / "theirs", sentences, [0, 1, 1, 3], 8, "H")
     ids, lens, docs = np.array([1, 2, 65535, 5]), np.array([3, 0, 1], np.int32), np.array([0, 1, 1, 3])
-    megatron.write(str(tmp_path / "ours"), ids, lens, docs, np.uint16)
+    token_files.write_megatron(str(tmp_path / "ours"), ids, lens, docs, np.uint16)
     for ending in (".bin", ".idx"):
         assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"theirs{ending}").read_bytes()
 
@@ -89,12 +89,12 @@ def test_both_formats_give_the_same_samples_and_the_same_identity(tmp_path: Path
     rng = np.random.default_rng(0)
     ids, lens = rng.integers(0, 300, 2000), np.full(40, 50)
     docs = np.arange(41)
-    for write, name in ((tokens.write, "one"), (megatron.write, "other")):
+    for write, name in ((token_files.write, "one"), (token_files.write_megatron, "other")):
         write(str(tmp_path / name), ids, lens, docs, np.uint16)
     one, other = (configured([*SMALL, "data=tokens", f"data.path={tmp_path}/{name}"]) for name in ("one", "other"))
     prepared = [corpus.prepare(config) for config in (one, other)]
     assert prepared[0].fingerprint == prepared[1].fingerprint
-    batches = [Samples(c, p, Split.train).batch(0, 32) for c, p in zip((one, other), prepared, strict=True)]
+    batches = [TokenDataset(c, p, Split.train).batch(0, 32) for c, p in zip((one, other), prepared, strict=True)]
     assert (batches[0].inputs_BT == batches[1].inputs_BT).all()
 
 
@@ -109,15 +109,15 @@ def test_end_of_text_is_what_the_tokenizer_says(tmp_path: Path) -> None:
 
 def test_any_way_of_naming_a_set_finds_it(tmp_path: Path) -> None:
     by_hand(tmp_path / "a", [[1, 2]], [0, 1], 8, "H")
-    tokens.write(str(tmp_path / "b"), np.array([3]), np.array([1]), np.arange(2), np.uint16)
-    assert tokens.prefixes_at(str(tmp_path)) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    token_files.write(str(tmp_path / "b"), np.array([3]), np.array([1]), np.arange(2), np.uint16)
+    assert token_files.prefixes_at(str(tmp_path)) == [str(tmp_path / "a"), str(tmp_path / "b")]
     for name in ("a", "a.bin", "a.idx"):
-        (prefix,) = tokens.prefixes_at(str(tmp_path / name))
-        assert tokens.load(prefix).ids.tolist() == [1, 2]
+        (prefix,) = token_files.prefixes_at(str(tmp_path / name))
+        assert token_files.load(prefix).ids.tolist() == [1, 2]
     by_hand(tmp_path / "b", [[4]], [0, 1], 8, "H")
-    assert tokens.load(str(tmp_path / "b")).ids.tolist() == [3]
-    assert tokens.load(str(tmp_path / "b.bin")).ids.tolist() == [4]
-    assert len(tokens.prefixes_at(str(tmp_path))) == 2
+    assert token_files.load(str(tmp_path / "b")).ids.tolist() == [3]
+    assert token_files.load(str(tmp_path / "b.bin")).ids.tolist() == [4]
+    assert len(token_files.prefixes_at(str(tmp_path))) == 2
 
 
 def cut(ending: str, by: int) -> object:
@@ -159,7 +159,7 @@ def test_a_damaged_pair_is_refused_in_a_sentence(tmp_path: Path, case: str) -> N
     damage, expected = DAMAGE[case]
     damage(str(tmp_path / "a"))
     with pytest.raises(UserError, match=expected):
-        tokens.load(str(tmp_path / "a.idx"))
+        token_files.load(str(tmp_path / "a.idx"))
 
 
 def test_a_negative_token_is_found_before_training(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_no_half_of_a_pair(tmp_path: Path, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    for write in (tokens.write, megatron.write):
+    for write in (token_files.write, token_files.write_megatron):
         with pytest.raises(OSError, match="No space"):
             write(str(tmp_path / "a"), np.array([3]), np.array([1]), np.arange(2), np.uint16)
     assert list(tmp_path.iterdir()) == []

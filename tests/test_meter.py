@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from conftest import configured
 
-from gpt.engine import StepResult
-from gpt.meter import Meter
+from gpt.train.metrics import Meter
+from gpt.train.trainer import StepResult
 
 
 def test_several_ranks_say_tokens_per_second_of_all_of_a_device_and_of_a_replica(

@@ -10,10 +10,14 @@ import pytest
 from conftest import SMALL, configured
 from paddle.nn import functional as F
 
-from gpt import ops, plan
-from gpt.config import Config, Device, padded_vocab
-from gpt.model import GPT
-from gpt.topology import Topology, initial_value
+from gpt.config.cluster import Device
+from gpt.config.derived import padded_vocab
+from gpt.config.schema import Config
+from gpt.model import layers
+from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
+from gpt.plan import flops
+from gpt.utils.rng import initial_value
 
 DATA = ["data=tokens", "data.path=x"]
 NO_DROPOUT = ["model.dropout=0", "model.attention_dropout=0"]
@@ -53,18 +57,18 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_plan_counts_the_published_number_of_parameters(name: str) -> None:
-    assert plan.parameters(configured([f"model={name}", *DATA])) == PUBLISHED[name]
+    assert flops.parameters(configured([f"model={name}", *DATA])) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("overrides", [[], ["model.ffn=48", "model.layers=3"], ["model.vocab=400"]])
 def test_the_plan_counts_what_the_model_has(overrides: list[str]) -> None:
     model = build(*overrides, initialise=False)
-    assert sum(p.size for p in model.parameters()) == plan.parameters(model.config)
+    assert sum(p.size for p in model.parameters()) == flops.parameters(model.config)
 
 
 def test_gpt2_small_has_its_124_million_parameters() -> None:
     config = configured(["model=124m", *DATA])
-    gpt2 = plan.parameters(config) - (padded_vocab(config) - 50257) * 768
+    gpt2 = flops.parameters(config) - (padded_vocab(config) - 50257) * 768
     assert gpt2 == 124_439_808  # of the released GPT-2 small: 50257 tokens
 
 
@@ -81,12 +85,12 @@ def test_the_first_loss_is_as_predicted(hidden: int) -> None:
     with paddle.no_grad():
         loss = model.loss(x, y, paddle.ones(x.shape), float(x.size)).item()
     assert loss == pytest.approx(math.log(1024) + 0.05**2 * hidden / 2, abs=0.03)
-    assert loss == pytest.approx(plan.first_loss(model.config), abs=0.03)
+    assert loss == pytest.approx(flops.first_loss(model.config), abs=0.03)
 
 
 def test_first_losses_of_the_published_sizes() -> None:
     for name, expected in {"345m": 11.03, "1.3b": 11.24, "6.7b": 11.64, "13b": 11.85, "175b": 13.30}.items():
-        assert plan.first_loss(configured([f"model={name}", *DATA])) == pytest.approx(expected, abs=0.006)
+        assert flops.first_loss(configured([f"model={name}", *DATA])) == pytest.approx(expected, abs=0.006)
 
 
 # --- initial values ---
@@ -216,7 +220,7 @@ def test_recompute_changes_nothing_not_even_dropout(how: str) -> None:
 
 def test_recompute_exempts_the_layers_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr("gpt.model.recompute", lambda f, *a: calls.append(f) or f(*a))
+    monkeypatch.setattr("gpt.model.gpt.recompute", lambda f, *a: calls.append(f) or f(*a))
     build("model.recompute=full", "model.no_recompute_layers=[1]").loss(tokens(), tokens(), paddle.ones([2, 32]), 64.0)
     assert len(calls) == 1
 
@@ -262,7 +266,7 @@ def test_attention_is_the_plain_formula(length: int) -> None:
     values = np.random.default_rng(0).standard_normal((2, length, 3, 24)).astype(np.float32)
     weights = paddle.to_tensor(np.random.default_rng(1).standard_normal((2, length, 3, 8)).astype(np.float32))
     outs, grads = [], []
-    for attend in (lambda x: ops.causal_attention(x, 0.0), plain_attention):
+    for attend in (lambda x: layers.causal_attention(x, 0.0), plain_attention):
         x = paddle.to_tensor(values, stop_gradient=False)
         out = attend(x)
         (out * weights).sum().backward()
@@ -278,20 +282,20 @@ def test_attention_dropout_keeps_the_mean_and_the_gradient_is_of_the_same_mask()
     outs = []
     for seed in range(300):
         paddle.seed(seed)
-        outs.append(ops.causal_attention(base, 0.3).numpy())
+        outs.append(layers.causal_attention(base, 0.3).numpy())
     np.testing.assert_allclose(np.mean(outs, 0), plain_attention(base).numpy(), atol=0.15)
 
     # A directional derivative against a finite difference, under one mask.
     direction = np.random.default_rng(1).standard_normal(values.shape)
     x = paddle.to_tensor(values.astype(np.float32), stop_gradient=False)
     paddle.seed(7)
-    (ops.causal_attention(x, 0.3) ** 2).sum().backward()
+    (layers.causal_attention(x, 0.3) ** 2).sum().backward()
     ahead = (x.grad.numpy().astype(np.float64) * direction).sum()
 
     def value(step: float) -> float:
         paddle.seed(7)
         moved = paddle.to_tensor((values + step * direction).astype(np.float32))
-        return float((ops.causal_attention(moved, 0.3).numpy().astype(np.float64) ** 2).sum())
+        return float((layers.causal_attention(moved, 0.3).numpy().astype(np.float64) ** 2).sum())
 
     assert ahead == pytest.approx((value(1e-3) - value(-1e-3)) / 2e-3, rel=1e-2)
 
@@ -300,19 +304,19 @@ def test_dropout_drops_the_stated_share_and_scales_the_rest() -> None:
     x = paddle.ones([400, 500])
     x.stop_gradient = False
     paddle.seed(3)
-    y = ops.dropout(x, 0.1, training=True)
+    y = layers.dropout(x, 0.1, training=True)
     y.sum().backward()
     dropped = (y.numpy() == 0).mean()
     assert dropped == pytest.approx(0.1, abs=0.004)  # five standard deviations
     assert np.allclose(y.numpy()[y.numpy() != 0], 1 / 0.9, rtol=1e-4)
     assert (x.grad.numpy() == y.numpy()).all()
-    assert (ops.dropout(x, 0.1, training=False).numpy() == 1).all()
+    assert (layers.dropout(x, 0.1, training=False).numpy() == 1).all()
 
 
 def test_gelu_is_the_tanh_approximation() -> None:
     values = np.linspace(-6, 6, 4001).astype(np.float32)
     x, reference = (paddle.to_tensor(values, stop_gradient=False) for _ in range(2))
-    ours, theirs = ops.gelu(x), F.gelu(reference, approximate=True)
+    ours, theirs = layers.gelu(x), F.gelu(reference, approximate=True)
     (ours * ours).sum().backward()
     (theirs * theirs).sum().backward()
     np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=2e-6)

@@ -11,7 +11,7 @@ import harness
 import pytest
 from conftest import SMALL, configured
 
-from gpt.config import plain, world_size
+from gpt.config.derived import plain, world_size
 from gpt.data import corpus
 
 pytestmark = pytest.mark.slow

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gpt.plan.picture import BACKWARD, FORWARD, draw
-from gpt.plan.simulation import Pipeline, Timeline, simulate
+from gpt.plan.pipeline_plot import BACKWARD, FORWARD, draw
+from gpt.plan.pipeline_simulation import Pipeline, Timeline, simulate
 
 
 def step(stages: int, micros: int, chunks: int = 1, **more: Any) -> Timeline:

@@ -10,14 +10,15 @@ import pytest
 from conftest import ROOT, composed, configured
 from omegaconf import OmegaConf
 
-from gpt import plan
-from gpt.config import Config, DType, Parallel, Recompute, accumulate_steps, padded_vocab, world_size
-from gpt.config_plan import Attention
-from gpt.plan import cost, counts, devices, footprint, tables, traffic, verdict
-from gpt.plan.search import fits
-from gpt.rules import rule_problems
-from gpt.shapes import parameter_shapes
-from launchers import host
+from gpt.config import rules
+from gpt.config.derived import accumulate_steps, padded_vocab, world_size
+from gpt.config.parameters import parameter_shapes
+from gpt.config.rules import rule_problems
+from gpt.config.schema import Config, DType, Parallel, Recompute
+from gpt.config.task_schemas import Attention
+from gpt.plan import communication, devices, explain, flops, memory, report, step_time, summary
+from gpt.plan.search import fits_memory
+from gpt.utils import machine
 
 DATA = ["data=tokens", "data.path=x"]
 GIB = 2**30
@@ -51,23 +52,23 @@ def on(config: Config, device: str, dtype: DType = DType.bf16) -> Config:
 def test_state_per_rank(model: str, parallel: str, stage: int) -> None:
     config = configured([f"model={model}", f"parallel={parallel}", f"parallel.sharding_stage={stage}", *DATA])
     config.precision.dtype = DType.bf16
-    assert plan.memory(config).state / GIB == pytest.approx(STATE[model, parallel, stage], rel=0.01)
+    assert memory.memory(config).state / GIB == pytest.approx(STATE[model, parallel, stage], rel=0.01)
 
 
 def test_the_middle_stage_of_the_published_175b_layout_has_20_25_gib_of_state() -> None:
     config = on(configured(["model=175b", "parallel=mp8_pp16", *DATA]), "a100_80")
-    assert footprint.stages(config)[7].state / GIB == pytest.approx(20.25, abs=0.01)
+    assert memory.stages(config)[7].state / GIB == pytest.approx(20.25, abs=0.01)
 
 
 def test_parameters_of_the_stages_add_up() -> None:
     config = configured(["model=6.7b", *DATA])
     total = sum(math.prod(shape) for shape in parameter_shapes(config).values())
-    assert total == plan.parameters(config) == 6_654_402_560
-    (alone,) = counts.stage_parameters(config)
+    assert total == flops.parameters(config) == 6_654_402_560
+    (alone,) = flops.stage_parameters(config)
     assert alone.elements == total
-    staged = counts.stage_parameters(laid_out(config, pp=4))
+    staged = flops.stage_parameters(laid_out(config, pp=4))
     assert sum(part.elements - part.tied for part in staged) == total
-    split = counts.stage_parameters(laid_out(config, mp=2, pp=4))
+    split = flops.stage_parameters(laid_out(config, mp=2, pp=4))
     common = config.model.layers * 6 * 4096 + config.model.positions * 4096 + 2 * 4096  # what every mp rank has
     padding = (50432 - 50304) * 4096  # rows of the table, to a multiple of 128 x 2
     assert 2 * sum(part.elements - part.tied for part in split) == total + common + padding
@@ -79,20 +80,20 @@ def test_flops_per_token_against_a_count_of_all_products() -> None:
     matrices = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if len(shape) == 2)
     weights = matrices - m.positions * m.hidden  # looked up, not multiplied; the word table is, as the head
     square = m.layers * 2 * (2 * s * m.hidden)  # q k' and the mix: a product of s x d and d x s per head, by row
-    assert plan.flops_per_token(config) == 3 * (2 * weights + square / 2)
-    assert counts.flops_per_token(config, causal=False) == 3 * (2 * weights + square)
+    assert flops.flops_per_token(config) == 3 * (2 * weights + square / 2)
+    assert flops.flops_per_token(config, causal=False) == 3 * (2 * weights + square)
     # By hand: 6 (24 x 12 x 1024^2 + 50304 x 1024) + 6 x 24 x 1024 x 1024.
-    assert plan.flops_per_token(config) == 6 * (24 * 12 * 1024**2 + 50304 * 1024) + 6 * 24 * 1024 * 1024
+    assert flops.flops_per_token(config) == 6 * (24 * 12 * 1024**2 + 50304 * 1024) + 6 * 24 * 1024 * 1024
 
 
 def test_recomputation_counts_what_is_done_twice() -> None:
     config = configured(["model=345m", *DATA])
     m = config.model
-    base = plan.flops_per_token(config)
+    base = flops.flops_per_token(config)
 
     def executed(how: Recompute, exempt: list[int]) -> float:
         model = dataclasses.replace(m, recompute=how, no_recompute_layers=exempt)
-        return counts.hardware_flops_per_token(dataclasses.replace(config, model=model)) - base
+        return flops.hardware_flops_per_token(dataclasses.replace(config, model=model)) - base
 
     assert executed(Recompute.none, []) == 0
     assert executed(Recompute.core_attn, []) == m.layers * 2 * m.hidden * config.data.seq_len
@@ -107,46 +108,46 @@ def test_the_pipeline_bubble(micro_batches: int, virtual: int, bubble: float) ->
     config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
     config.trainer.global_batch_size = micro_batches
     config.parallel.virtual_pp_degree = virtual
-    assert plan.pipeline_bubble(config) == pytest.approx(bubble, abs=0.005)
+    assert step_time.pipeline_bubble(config) == pytest.approx(bubble, abs=0.005)
 
 
 def test_a_block_keeps_what_korthikanti_et_al_list() -> None:
     # Table 2: s b h (34 + 5 a s / h), over t mp ranks s b h (10 + 24 / t + 5 a s / h t), block input alone 2 s b h.
     config = on(configured(["model=345m", *DATA]), "v100_32", DType.fp16)
     h, ratio = 1024, 5 * 16 * 1024 / 1024
-    assert footprint.block(config, Recompute.none) == h * (34 + ratio)
-    assert footprint.block(config, Recompute.core_attn) == h * 34
-    assert footprint.block(config, Recompute.full) == h * 2
+    assert memory.block(config, Recompute.none) == h * (34 + ratio)
+    assert memory.block(config, Recompute.core_attn) == h * 34
+    assert memory.block(config, Recompute.full) == h * 2
     split = laid_out(config, mp=8)
-    assert footprint.block(split, Recompute.none) == h * (10 + 24 / 8 + ratio / 8)
+    assert memory.block(split, Recompute.none) == h * (10 + 24 / 8 + ratio / 8)
     flash = on(config, "a100_40")
     assert flash.device.attention is Attention.flash
-    assert footprint.block(flash, Recompute.none) == h * 34 + 4 * 16  # and a float32 sum per head and row
+    assert memory.block(flash, Recompute.none) == h * 34 + 4 * 16  # and a float32 sum per head and row
 
 
 def test_micro_batches_in_flight() -> None:
     config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
-    assert [footprint.in_flight(config, stage) for stage in (0, 1, 15)] == [16, 15, 1]
+    assert [memory.in_flight(config, stage) for stage in (0, 1, 15)] == [16, 15, 1]
     config.parallel.virtual_pp_degree = 3
     # Chunks; in layers of a stage p (1 + (p - 1) / (p v)) on the first (Korthikanti et al., 2022, section 4.2.3).
-    assert footprint.in_flight(config, 0) / 3 == pytest.approx(16 * (1 + 15 / (16 * 3)), rel=0.01)
+    assert memory.in_flight(config, 0) / 3 == pytest.approx(16 * (1 + 15 / (16 * 3)), rel=0.01)
     config.trainer.global_batch_size = 4
-    assert footprint.in_flight(config, 0) == 4 * 3
+    assert memory.in_flight(config, 0) == 4 * 3
 
 
 def test_recompute_and_chunks_need_less() -> None:
     needs = [
-        plan.memory(configured(["model=1.3b", f"model.recompute={how}", *DATA])).activations
+        memory.memory(configured(["model=1.3b", f"model.recompute={how}", *DATA])).activations
         for how in ("none", "full_attn", "core_attn", "full")
     ]
     assert needs[0] > needs[1]
     assert needs[0] > needs[2] > needs[3]
-    whole, chunked = (plan.memory(configured(["model=1.3b", f"model.loss_chunk={n}", *DATA])) for n in (0, 1024))
+    whole, chunked = (memory.memory(configured(["model=1.3b", f"model.loss_chunk={n}", *DATA])) for n in (0, 1024))
     assert chunked.logits < whole.logits
 
 
 def test_an_offloaded_optimizer_takes_no_memory_of_the_device() -> None:
-    here, away = (plan.memory(configured(["optimizer.offload=" + str(value).lower()])) for value in (False, True))
+    here, away = (memory.memory(configured(["optimizer.offload=" + str(value).lower()])) for value in (False, True))
     assert (away.weights, away.gradients) == (here.weights, here.gradients)
     assert (here.optimizer > 0, away.optimizer, away.host > here.optimizer) == (True, 0, True)
 
@@ -156,7 +157,7 @@ def test_traffic_by_hand() -> None:
     elements, tokens, h = 354_871_296, 8 * 1024, 1024
 
     def sent(**degrees: int | bool) -> dict[str, float]:
-        return {one.axis: one.sent for one in traffic.traffic(laid_out(config, **degrees))}
+        return {one.axis: one.sent for one in communication.traffic(laid_out(config, **degrees))}
 
     assert sent() == {}
     assert sent(dp=8) == {"dp": 2 * 7 / 8 * elements * 2}
@@ -175,11 +176,11 @@ def test_traffic_by_hand() -> None:
 def test_an_axis_that_leaves_the_node_uses_its_ports() -> None:
     config = on(configured(["model=345m", *DATA]), "a100_80")
     inside, between = 0.8 * 300e9, 0.8 * 25e9
-    assert traffic.link(laid_out(config, mp=8), "mp") == (inside, False)
-    assert traffic.link(laid_out(config, mp=16), "mp") == (8 * between, True)
-    assert traffic.link(laid_out(config, mp=8, pp=2), "pp") == (between, True)
-    assert traffic.link(laid_out(config, mp=2, dp=8), "dp") == (4 * between, True)
-    assert traffic.link(laid_out(config, mp=2, dp=4), "dp") == (inside, False)
+    assert communication.link(laid_out(config, mp=8), "mp") == (inside, False)
+    assert communication.link(laid_out(config, mp=16), "mp") == (8 * between, True)
+    assert communication.link(laid_out(config, mp=8, pp=2), "pp") == (between, True)
+    assert communication.link(laid_out(config, mp=2, dp=8), "dp") == (4 * between, True)
+    assert communication.link(laid_out(config, mp=2, dp=4), "dp") == (inside, False)
 
 
 def test_a_published_step_is_predicted_within_a_tenth() -> None:
@@ -188,10 +189,10 @@ def test_a_published_step_is_predicted_within_a_tenth() -> None:
     shape = ["model=175b", "model.positions=2048", "trainer.global_batch_size=64", "trainer.micro_batch_size=1"]
     config = laid_out(on(configured([*shape, *DATA]), "a100_80"), mp=8, pp=8, virtual=3, sp=True)
     config.device = dataclasses.replace(config.device, attention=Attention.matrix)
-    found = cost.cost(config)
+    found = step_time.cost(config)
     assert found is not None
     assert found.seconds == pytest.approx(13.75, rel=0.1)
-    assert verdict.judge(config).fits
+    assert explain.check_fit(config).fits
     assert sum((found.compute, found.exposed, found.bubble)) == pytest.approx(found.seconds)
 
 
@@ -201,11 +202,11 @@ def test_the_bubble_of_even_stages_is_the_closed_form() -> None:
     for micros, virtual in ((16, 1), (64, 1), (64, 6)):
         config.trainer.global_batch_size = micros
         config.parallel.virtual_pp_degree = virtual
-        found, times = cost.cost(config), cost.stage_times(config)
+        found, times = step_time.cost(config), step_time.stage_times(config)
         assert found is not None
         assert times is not None
         passes = micros * (sum(times.forward) + sum(times.backward)) / 16
-        assert found.bubble / (found.bubble + passes) == pytest.approx(plan.pipeline_bubble(config), rel=0.02)
+        assert found.bubble / (found.bubble + passes) == pytest.approx(step_time.pipeline_bubble(config), rel=0.02)
         assert len(times.forward) == len(times.backward) == 16 * virtual
 
 
@@ -224,18 +225,18 @@ def test_every_model_on_every_layout_is_planned_and_its_figures_agree() -> None:
             if rule_problems(job):
                 continue
             planned += 1
-            needs, parts = footprint.stages(job), counts.stage_parameters(job)
+            needs, parts = memory.stages(job), flops.stage_parameters(job)
             assert len(needs) == len(parts) == parallel.pp_degree
-            assert footprint.memory(job).total == max(need.total for need in needs)
+            assert memory.memory(job).total == max(need.total for need in needs)
             assert all(need.total >= need.state - need.gradients + need.activations for need in needs)
-            assert sum(part.elements - part.tied for part in parts) * parallel.mp_degree >= plan.parameters(job)
-            found = cost.cost(job)
+            assert sum(part.elements - part.tied for part in parts) * parallel.mp_degree >= flops.parameters(job)
+            found = step_time.cost(job)
             assert found is not None
             assert found.compute + found.exposed + found.bubble == pytest.approx(found.seconds)
             assert 0 < found.mfu <= found.hfu < job.device.efficiency
-            assert (not traffic.traffic(job)) == (world_size(job) == 1)
-            assert tables.memory_table(job).rows
-            assert fits(job) is (footprint.memory(job).total <= 78 * GIB)
+            assert (not communication.traffic(job)) == (world_size(job) == 1)
+            assert report.memory_table(job).rows
+            assert fits_memory(job) is (memory.memory(job).total <= 78 * GIB)
     assert planned > len(models) * len(layouts) * 3 // 4
 
 
@@ -256,9 +257,9 @@ def test_a_device_states_what_a_plan_needs_and_where_it_is_from(name: str) -> No
 
 
 def test_an_unknown_device_has_no_peak_and_so_no_mfu() -> None:
-    assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.bf16) == 312e12
-    assert plan.peak_flops("NVIDIA A100-SXM4-80GB", DType.fp32) is None
-    assert plan.peak_flops("AMD EPYC", DType.bf16) is None
+    assert devices.peak_flops("NVIDIA A100-SXM4-80GB", DType.bf16) == 312e12
+    assert devices.peak_flops("NVIDIA A100-SXM4-80GB", DType.fp32) is None
+    assert devices.peak_flops("AMD EPYC", DType.bf16) is None
 
 
 def test_mfu_is_counted_with_the_device_that_runs() -> None:
@@ -272,24 +273,24 @@ def test_mfu_is_counted_with_the_device_that_runs() -> None:
 
 
 def test_the_gpu_of_this_host_is_known_without_paddle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(host, "GPU_FOLDER", tmp_path)
-    assert host.gpu_name() == ""
+    monkeypatch.setattr(machine, "GPU_FOLDER", tmp_path)
+    assert machine.gpu_name() == ""
     (tmp_path / "0000:07:00.0").mkdir()
     (tmp_path / "0000:07:00.0" / "information").write_text("Model: \t\t NVIDIA A100-SXM4-80GB\nIRQ: 1\n")
-    found = devices.called(host.gpu_name())
+    found = devices.called(machine.gpu_name())
     assert found is not None
     assert found.name == "a100_80"
 
 
 def test_no_time_is_said_where_the_optimizer_is_on_the_host() -> None:
     config = on(configured(["optimizer.offload=true", *DATA]), "a100_80")
-    assert cost.cost(config) is None
-    assert cost.missing(config) == ["the speed of its host, where the optimizer is"]
+    assert step_time.cost(config) is None
+    assert rules.missing_device_keys(config) == ["the speed of its host, where the optimizer is"]
 
 
 def test_device_and_plan_do_not_name_a_run() -> None:
-    from gpt.config import plain
-    from gpt.runs import run_name
+    from gpt.config.derived import plain
+    from gpt.runs.run_dir import run_name
 
     values = [plain(configured(more)) for more in ([], ["device=h100", "plan.top=3"])]
     older = {key: value for key, value in values[0].items() if key not in ("device", "plan")}
@@ -298,7 +299,7 @@ def test_device_and_plan_do_not_name_a_run() -> None:
 
 def test_accumulation_is_what_the_plan_says() -> None:
     config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
-    assert dict(plan.summary(config))["batch"].startswith("1,536 samples = 1,572,864 tokens a step, 1536 micro")
+    assert dict(summary.summary(config))["batch"].startswith("1,536 samples = 1,572,864 tokens a step, 1536 micro")
     assert accumulate_steps(config) == 1536
 
 

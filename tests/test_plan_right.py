@@ -6,9 +6,9 @@ import harness
 import pytest
 from conftest import configured
 
-from gpt.config import plain
-from gpt.plan import counts, footprint
-from gpt.plan.cost import cost
+from gpt.config.derived import plain
+from gpt.plan import flops, memory
+from gpt.plan.step_time import cost
 from scripts.bench_plan import runs
 
 DATA = ["data=tokens", "data.path=x"]
@@ -18,7 +18,7 @@ COUNTED = {"124m": 854_654_976, "345m": 2_422_996_992, "175b": 1_061_947_441_152
 
 @pytest.mark.parametrize("model", COUNTED)
 def test_flops_are_those_that_a_counter_finds(model: str) -> None:
-    assert counts.flops_per_token(configured([f"model={model}", *DATA]), causal=False) == COUNTED[model]
+    assert flops.flops_per_token(configured([f"model={model}", *DATA]), causal=False) == COUNTED[model]
 
 
 def test_steps_of_published_runs_of_large_models_are_predicted() -> None:
@@ -34,6 +34,6 @@ def test_every_stage_of_a_pipeline_holds_the_bytes_that_the_plan_says() -> None:
         ["parallel=pp2", "model.hidden=256", "model.layers=4", "data=tokens", "data.path=none", "data.seq_len=128",
          "trainer.micro_batch_size=2", "trainer.global_batch_size=8", "cluster.device=cpu"]
     )  # fmt: skip
-    for need, found in zip(footprint.stages(config), harness.run("ranks:allocated", 2, plain(config)), strict=True):
+    for need, found in zip(memory.stages(config), harness.run("ranks:allocated", 2, plain(config)), strict=True):
         assert need.between == pytest.approx(found["between"], rel=0.01)
         assert need.total == pytest.approx(found["peak"], rel=0.05)

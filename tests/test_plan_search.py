@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import DATA, GIB, laid_out, on
 
-from gpt import planning
-from gpt.config import Config, DType, Recompute, UserError, global_batch_size, world_size
-from gpt.console import Console
-from gpt.plan import cost, counts, devices, footprint, search, tables, verdict
-from gpt.rules import check, rule_problems
+from gpt.config.derived import global_batch_size, world_size
+from gpt.config.rules import check, rule_problems
+from gpt.config.schema import Config, DType, Recompute
+from gpt.plan import devices, explain, flops, memory, report, search, step_time
+from gpt.tasks import plan
+from gpt.utils.console import Console
+from gpt.utils.errors import UserError
 
 Run = Callable[..., Ran]
 
@@ -49,8 +51,8 @@ def test_layouts_are_legal_fit_and_are_sorted(found: list[search.Candidate]) -> 
         assert rule_problems(config) == []
         assert world_size(config) == 128
         assert global_batch_size(config) == 1536
-        assert candidate.bytes == max(need.total for need in footprint.stages(config)) <= 78 * GIB
-        assert candidate.cost == cost.cost(config)
+        assert candidate.bytes == max(need.total for need in memory.stages(config)) <= 78 * GIB
+        assert candidate.cost == step_time.cost(config)
     assert {candidate.config.parallel.pp_degree for candidate in found} >= {4, 8, 16, 32}
     assert any(candidate.config.parallel.virtual_pp_degree > 1 for candidate in found)
 
@@ -58,8 +60,8 @@ def test_layouts_are_legal_fit_and_are_sorted(found: list[search.Candidate]) -> 
 def test_the_published_layout_fits_and_the_search_finds_one_as_fast(
     gpt_175b: Config, found: list[search.Candidate]
 ) -> None:
-    assert search.fits(gpt_175b)
-    published = cost.cost(gpt_175b)
+    assert search.fits_memory(gpt_175b)
+    published = step_time.cost(gpt_175b)
     assert published is not None
     assert found[0].seconds <= published.seconds
 
@@ -73,33 +75,33 @@ def test_thousands_of_devices_are_searched(gpt_175b: Config) -> None:
 def test_what_does_not_fit_says_by_how_much_and_what_would(gpt_1b: Config) -> None:
     alone = laid_out(gpt_1b)
     alone.model = dataclasses.replace(alone.model, recompute=Recompute.none)
-    need = footprint.memory(alone).total / GIB
+    need = memory.memory(alone).total / GIB
     assert need > 30
-    said = verdict.judge(alone)
+    said = explain.check_fit(alone)
     assert said.fits is False
     assert f"does not fit: {need:.1f} GiB is {need - 30:.1f} GiB more than the 30.0 GiB of v100_32" in said.lines[0]
     assert said.lines[1] in ("would fit: trainer.micro_batch_size=4 trainer.global_batch_size=8",
                              "would fit: model.recompute=full")  # fmt: skip
-    for keys in verdict.nearest(alone):
+    for keys in explain.nearest(alone):
         changed = on(configured(["model=1.3b", "model.recompute=none", *DATA, *keys]), "v100_32", DType.fp16)
-        assert search.fits(changed), keys
+        assert search.fits_memory(changed), keys
         assert global_batch_size(changed) == global_batch_size(alone)
 
 
 def test_every_named_change_is_legal_and_fits() -> None:
     job = ["model=6.7b", "parallel=sharding16", "precision=fp16", "device=v100_16", *DATA]
     base = on(configured(job), "v100_16", DType.fp16)
-    found = [verdict.changes(base, candidate) for candidate in search.candidates(base, 16)]
+    found = [explain.changes(base, candidate) for candidate in search.candidates(base, 16)]
     assert len(found) > 50
     for keys in found[::40]:
         changed = on(configured([*job, *keys]), "v100_16", DType.fp16)
-        assert search.fits(changed), keys
+        assert search.fits_memory(changed), keys
         assert (world_size(changed), global_batch_size(changed)) == (16, 128), keys
 
 
 def test_where_no_layout_fits_more_devices_are_named(gpt_175b: Config) -> None:
     small = dataclasses.replace(laid_out(gpt_175b, mp=8), device=gpt_175b.device)
-    said = verdict.judge(small)
+    said = explain.check_fit(small)
     assert said.fits is False
     # 174.6e9 parameters at 16 bytes are 81 GiB for each of 32.
     assert "no layout of 8 such devices fits; of 64 some do" in said.lines[1]
@@ -108,10 +110,10 @@ def test_where_no_layout_fits_more_devices_are_named(gpt_175b: Config) -> None:
 
 
 def test_a_plan_without_a_device_says_which_would_do() -> None:
-    said = verdict.judge(configured(["model=1.3b", *DATA]))
+    said = explain.check_fit(configured(["model=1.3b", *DATA]))
     assert said.fits is None
     assert said.lines[1].startswith("fits a100_40, a100_80")
-    assert tables.times(configured([]))[0][1].startswith("no device is stated")
+    assert report.times(configured([]))[0][1].startswith("no device is stated")
 
 
 def test_a_search_needs_times(gpt_1b: Config) -> None:
@@ -122,7 +124,7 @@ def test_a_search_needs_times(gpt_1b: Config) -> None:
 def test_the_printed_command_makes_the_layout(gpt_1b: Config) -> None:
     typed = ["model=1.3b", "parallel=dp8", "precision=fp16", "task=plan", "plan.search=true", *DATA]
     for candidate in search.search(gpt_1b, 8)[::61]:
-        words = shlex.split(planning.command(typed, candidate))
+        words = shlex.split(plan.command(typed, candidate))
         assert words[:3] == ["python", "-m", "gpt.main"]
         again = configured(words[3:])
         assert again.task.value == "pretrain"
@@ -136,7 +138,7 @@ def test_the_printed_command_makes_the_layout(gpt_1b: Config) -> None:
 def test_more_ranks_never_need_more_state(gpt_1b: Config, mp: int, pp: int, sharding: int, more: str) -> None:
     before = {"mp": mp, "pp": pp, "sharding": sharding}
     few, many = (laid_out(gpt_1b, **keys) for keys in (before, {**before, more: 2 * before[more]}))
-    state = [max(part.elements * 4 + part.owned * 12 for part in counts.stage_parameters(job)) for job in (few, many)]
+    state = [max(part.elements * 4 + part.owned * 12 for part in flops.stage_parameters(job)) for job in (few, many)]
     # An owner has whole tensors: the largest, the word table, can be more than an even share.
     slack = 12 * 50432 * 2048 if more == "sharding" or sharding > 1 else 0
     assert state[1] <= state[0] + slack
@@ -148,11 +150,11 @@ def test_more_ranks_never_need_more_state(gpt_1b: Config, mp: int, pp: int, shar
 def test_memory_grows_with_the_micro_batch_and_shrinks_with_recomputation(
     gpt_1b: Config, micro: int, pp: int, mp: int, how: Recompute
 ) -> None:
-    def need(size: int, recompute: Recompute) -> footprint.Memory:
+    def need(size: int, recompute: Recompute) -> memory.Memory:
         config = laid_out(gpt_1b, mp=mp, pp=pp)
         config.trainer = dataclasses.replace(config.trainer, micro_batch_size=size, global_batch_size=64)
         config.model = dataclasses.replace(config.model, recompute=recompute)
-        return footprint.memory(config)
+        return memory.memory(config)
 
     assert need(micro, how).total <= need(2 * micro, how).total
     assert need(micro, how).activations <= need(micro, Recompute.none).activations
@@ -163,7 +165,7 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_recomputation(
 @given(key=st.sampled_from(["bandwidth_gb_s", "intra_node_gb_s", "inter_node_gb_s", "efficiency"]))
 def test_a_better_device_is_never_slower(gpt_175b: Config, key: str) -> None:
     faster = dataclasses.replace(gpt_175b.device, **{key: 1.3 * getattr(gpt_175b.device, key)})
-    now, then = cost.cost(gpt_175b), cost.cost(dataclasses.replace(gpt_175b, device=faster))
+    now, then = step_time.cost(gpt_175b), step_time.cost(dataclasses.replace(gpt_175b, device=faster))
     assert now is not None
     assert then is not None
     assert then.seconds < now.seconds
@@ -197,12 +199,12 @@ def test_bad_values_of_plan_and_device_are_named(case: str) -> None:
 
 def test_this_host_is_a_device_once_it_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GPT_CACHE", str(tmp_path))
-    assert "python scripts/calibrate.py" in tables.times(configured(["device=cpu"]))[0][1]
+    assert "python scripts/calibrate.py" in report.times(configured(["device=cpu"]))[0][1]
     _, problems = check(*composed(["task=plan", "device=cpu", "plan.search=true"]))
     assert "python scripts/calibrate.py" in problems[0]
     figures = {"memory_gib": 16, "fp32_tflops": 0.1, "bandwidth_gb_s": 10, "link_gb_s": 1}
     (tmp_path / "device_cpu.json").write_text(json.dumps(figures))
-    alone, two = (cost.cost(configured(["device=cpu", f"parallel={name}"])) for name in ("single", "dp2"))
+    alone, two = (step_time.cost(configured(["device=cpu", f"parallel={name}"])) for name in ("single", "dp2"))
     assert alone is not None
     assert two is not None
     assert two.compute == pytest.approx(
@@ -210,7 +212,7 @@ def test_this_host_is_a_device_once_it_is_measured(monkeypatch: pytest.MonkeyPat
     )  # half the batch each on half the cores; each updates all
     assert two.exposed > alone.exposed == 0
     (tmp_path / "device_cpu.json").write_text("{")
-    assert cost.cost(configured(["device=cpu"])) is None
+    assert step_time.cost(configured(["device=cpu"])) is None
 
 
 def test_calibration_measures_and_keeps_what_a_plan_reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_calibration_measures_and_keeps_what_a_plan_reads(monkeypatch: pytest.Mo
     calibrate.main()
     assert all((devices.calibrated(key) or 0) > 0 for key in devices.CALIBRATION)
     assert devices.calibrated("link_gb_s") == 2.0
-    assert cost.cost(configured(["device=cpu"])) is not None
+    assert step_time.cost(configured(["device=cpu"])) is not None
 
 
 @pytest.mark.parametrize("width", [80, 160])
@@ -233,7 +235,7 @@ def test_a_plan_reads_well_in_a_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))
-    planning.show(gpt_175b, Console(), [])
+    plan.show(gpt_175b, Console(), [])
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     tables_, verdict_ = shown.split("verdict:")
     assert max(map(len, tables_.splitlines())) <= width

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from gpt.files import Lock
-from launchers import pool as pools
-from launchers.pool import Entry, Pool, Running
-from launchers.slots import CORES, Slots
+from gpt.utils.files import Lock
+from launchers import outcome
+from launchers.sweep import pool as sweep_pool
+from launchers.sweep.pool import Pool, PoolJob, Running
+from launchers.sweep.slots import CORES, Slots
 
 
 class Noted:
@@ -28,9 +29,9 @@ class Noted:
         self.seen: list[str] = []
         self.again: Callable[[Running, int], bool] = lambda job, code: False
         self.look: Callable[[list[Running]], None] = lambda running: None
-        self.todo: Callable[[Entry], bool] = lambda entry: True
+        self.todo: Callable[[PoolJob], bool] = lambda entry: True
 
-    def wanted(self, entry: Entry) -> bool:
+    def wanted(self, entry: PoolJob) -> bool:
         return self.todo(entry)
 
     def started(self, job: Running) -> None:
@@ -40,17 +41,17 @@ class Noted:
         self.ends.append((job.entry.name, code))
         return self.again(job, code)
 
-    def elsewhere(self, entry: Entry) -> None:
+    def elsewhere(self, entry: PoolJob) -> None:
         self.seen.append(entry.name)
 
-    def poll(self, running: list[Running], waiting: list[Entry]) -> None:
+    def poll(self, running: list[Running], waiting: list[PoolJob]) -> None:
         self.look(running)
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(pools, "ELSEWHERE_SECONDS", 0.05)
+    monkeypatch.setattr(sweep_pool, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(sweep_pool, "ELSEWHERE_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -64,12 +65,12 @@ def made(tmp_path: Path) -> Callable[..., Pool]:
 
 
 @pytest.fixture
-def entry(tmp_path: Path) -> Callable[..., Entry]:
+def entry(tmp_path: Path) -> Callable[..., PoolJob]:
     """A job that sleeps, or runs a line of shell."""
 
-    def make(name: str, slots: int = 1, does: str = "sleep 0.05", lock: str = "") -> Entry:
+    def make(name: str, slots: int = 1, does: str = "sleep 0.05", lock: str = "") -> PoolJob:
         command = ["sh", "-c", does]
-        return Entry(name, command, slots, tmp_path / f"{name}.log", Lock(tmp_path / f"{lock or name}.lock"))
+        return PoolJob(name, command, slots, tmp_path / f"{name}.log", Lock(tmp_path / f"{lock or name}.lock"))
 
     return make
 
@@ -89,7 +90,7 @@ def until(pools: list[Pool], over: Callable[[], bool]) -> None:
 
 
 def test_never_more_than_the_slots_and_no_slot_twice_also_with_two_drivers(
-    made: Callable[..., Pool], entry: Callable[..., Entry]
+    made: Callable[..., Pool], entry: Callable[..., PoolJob]
 ) -> None:
     drivers = [made(), made()]
     for number, driver in enumerate(drivers):
@@ -108,7 +109,7 @@ def test_never_more_than_the_slots_and_no_slot_twice_also_with_two_drivers(
 
 
 def test_a_large_job_is_passed_by_a_few_and_then_its_turn_comes(
-    made: Callable[..., Pool], entry: Callable[..., Entry]
+    made: Callable[..., Pool], entry: Callable[..., PoolJob]
 ) -> None:
     small, large = made(), made()
     small.add([entry(f"s{i}", does=f"sleep 0.0{5 + i % 4}") for i in range(60)])
@@ -120,7 +121,7 @@ def test_a_large_job_is_passed_by_a_few_and_then_its_turn_comes(
     until([small, large], lambda: not small.waiting and not small.running)
 
 
-def test_small_jobs_fill_what_a_large_one_leaves(made: Callable[..., Pool], entry: Callable[..., Entry]) -> None:
+def test_small_jobs_fill_what_a_large_one_leaves(made: Callable[..., Pool], entry: Callable[..., PoolJob]) -> None:
     pool = made()
     pool.add([entry("one"), entry("three", slots=3), entry("other three", slots=3)])
     pool.step()
@@ -128,7 +129,9 @@ def test_small_jobs_fill_what_a_large_one_leaves(made: Callable[..., Pool], entr
     until([pool], lambda: not pool.running and not pool.waiting)
 
 
-def test_two_jobs_of_one_run_are_never_at_work_together(made: Callable[..., Pool], entry: Callable[..., Entry]) -> None:
+def test_two_jobs_of_one_run_are_never_at_work_together(
+    made: Callable[..., Pool], entry: Callable[..., PoolJob]
+) -> None:
     pool, most = made(), 0
     pool.add([entry("val", lock="run"), entry("test", lock="run"), entry("other")])
 
@@ -144,9 +147,9 @@ def test_two_jobs_of_one_run_are_never_at_work_together(made: Callable[..., Pool
 
 
 def test_what_another_runs_is_left_alone_and_taken_over_when_it_is_free(
-    made: Callable[..., Pool], entry: Callable[..., Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Pool], entry: Callable[..., PoolJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "ELSEWHERE_SECONDS", 1e9)  # the look at the very end is enough
+    monkeypatch.setattr(sweep_pool, "ELSEWHERE_SECONDS", 1e9)  # the look at the very end is enough
     theirs, done = Lock(tmp_path / "a.lock"), Lock(tmp_path / "b.lock")
     assert theirs.acquire()
     assert done.acquire()
@@ -172,7 +175,7 @@ def test_what_another_runs_is_left_alone_and_taken_over_when_it_is_free(
 
 
 def test_a_failed_job_is_tried_again_if_its_watcher_says_so(
-    made: Callable[..., Pool], entry: Callable[..., Entry]
+    made: Callable[..., Pool], entry: Callable[..., PoolJob]
 ) -> None:
     pool = made()
     noted(pool).again = lambda job, code: bool(code) and job.entry.attempt < 3
@@ -187,7 +190,7 @@ STUBBORN = "trap 'exit 130' INT; trap 'exit 143' TERM; echo ready; while :; do s
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_is_passed_on_and_what_waits_is_not_started(
-    number: signal.Signals, code: int, made: Callable[..., Pool], entry: Callable[..., Entry], tmp_path: Path
+    number: signal.Signals, code: int, made: Callable[..., Pool], entry: Callable[..., PoolJob], tmp_path: Path
 ) -> None:
     pool, sent, before = made(), False, signal.getsignal(number)
 
@@ -206,9 +209,9 @@ def test_a_signal_is_passed_on_and_what_waits_is_not_started(
 
 
 def test_a_second_signal_ends_what_does_not_end(
-    made: Callable[..., Pool], entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Pool], entry: Callable[..., PoolJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pools, "END_SECONDS", 0.1)
+    monkeypatch.setattr(outcome, "END_SECONDS", 0.1)
     pool, sent, rounds = made(), 0, 0
 
     def look(running: list[Running]) -> None:
@@ -224,7 +227,7 @@ def test_a_second_signal_ends_what_does_not_end(
     assert noted(pool).ends == [("deaf", -signal.SIGKILL)]
 
 
-def test_one_job_can_be_ended_while_the_others_go_on(made: Callable[..., Pool], entry: Callable[..., Entry]) -> None:
+def test_one_job_can_be_ended_while_the_others_go_on(made: Callable[..., Pool], entry: Callable[..., PoolJob]) -> None:
     pool = made(1)
 
     def look(running: list[Running]) -> None:
@@ -240,12 +243,12 @@ def test_one_job_can_be_ended_while_the_others_go_on(made: Callable[..., Pool], 
 JOB = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from gpt import guard
+from gpt.utils import signals
 def save(number, frame):
     time.sleep(0.6)  # while its driver is dead already
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-guard.die_with_parent(int(os.environ["GPT_GRID_PID"]))
+signals.die_with_parent(int(os.environ["GPT_GRID_PID"]))
 print("ready", os.getpid(), flush=True)
 time.sleep(60)
 """
@@ -254,11 +257,11 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from pathlib import Path
 from test_pool import Noted
-from gpt.files import Lock
-from launchers.pool import Entry, Pool
-from launchers.slots import Slots
+from gpt.utils.files import Lock
+from launchers.sweep.pool import Pool, PoolJob
+from launchers.sweep.slots import Slots
 folder = Path(sys.argv[1])
-entry = Entry("job", [sys.executable, "-c", sys.argv[2]], 2, folder / "job.log", Lock(folder / "run.lock"))
+entry = PoolJob("job", [sys.executable, "-c", sys.argv[2]], 2, folder / "job.log", Lock(folder / "run.lock"))
 Pool(Slots(4, gpu=False, folder=folder / "slots"), Noted()).run([entry])
 """
 

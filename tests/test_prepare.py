@@ -18,10 +18,11 @@ from conftest import SMALL, composed, configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.config_prepare import DocumentRule
-from gpt.data import tokenizer, tokens
-from gpt.data.prepare import build, division, documents, encode, join, sources
-from gpt.rules import check, rule_problems
+from gpt.config import task_schemas
+from gpt.config.rules import check, rule_problems
+from gpt.config.task_schemas import DocumentRule
+from gpt.data import token_files, tokenizer
+from gpt.data.preprocess import documents, encode, inputs, merge, pipeline
 
 Make = Callable[..., Path]
 PLAIN = configured(["task=prepare", "prepare.input=x", "prepare.output=x"]).prepare
@@ -43,8 +44,8 @@ def make(tmp_path: Path, bpe: Path) -> Make:
         prefix = tmp_path / name / "x"
         own = [] if any(o.startswith("prepare.vocab") for o in overrides) else [f"prepare.tokenizer={bpe}"]
         config = configured([*SMALL, "task=prepare", f"prepare.output={prefix}", *own, *overrides])
-        assert rule_problems(config) + build.check(config) == []
-        build.prepare(config, (said if said is not None else []).append, lambda tally: None, 1)
+        assert rule_problems(config) + pipeline.check(config) == []
+        pipeline.prepare(config, (said if said is not None else []).append, lambda tally: None, 1)
         return prefix
 
     return run
@@ -63,7 +64,7 @@ def jsonl(path: Path, rows: list[str]) -> str:
 def decoded(prefix: Path) -> list[str]:
     """The documents of a set, without end-of-text."""
     encoder = tokenizer.open_encoder(Path(f"{prefix}_tokenizer.json"))
-    token_set = tokens.load(str(prefix))
+    token_set = token_files.load(str(prefix))
     starts = [0, *token_set.document_ends]
     rows = [token_set.ids[a:b].tolist() for a, b in pairwise(starts)]
     return [encoder.decode(row).removesuffix(tokenizer.END_OF_TEXT) for row in rows]
@@ -81,7 +82,7 @@ def content(prefix: Path) -> list[bytes]:
 def test_any_unicode_comes_back(tmp_path_factory: pytest.TempPathFactory, bpe: Path, rows: list[str]) -> None:
     folder = tmp_path_factory.mktemp("unicode")
     jsonl(folder / "a.jsonl", rows)
-    source = sources.find(replace(PLAIN, input=str(folder / "a.jsonl")))[0]
+    source = inputs.find(replace(PLAIN, input=str(folder / "a.jsonl")))[0]
     setup = encode.Setup(source, PLAIN, bpe, folder)
     encoder = tokenizer.open_encoder(bpe)
     encode.encode(encode.Chunk(0, (0, 0, source[0].size), [], 0), setup, encoder)
@@ -100,7 +101,7 @@ def test_one_two_and_five_workers_and_any_cuts_give_the_same_bytes(
     rows = jsonl(tmp_path / "a.jsonl", texts(300) + texts(100))
     whole = content(make(rows, *overrides, name="whole"))
     for workers, size in ((1, 777), (2, 1000), (5, 4096)):
-        monkeypatch.setattr(build, "CHUNK_BYTES", size)
+        monkeypatch.setattr(pipeline, "CHUNK_BYTES", size)
         prefix = make(rows, *overrides, f"prepare.workers={workers}", name=f"w{workers}")
         assert content(prefix) == whole
         if overrides:
@@ -140,8 +141,8 @@ def test_documents_end_where_a_naive_reader_ends_them_wherever_the_file_is_cut(
     path.write_text(text)
     document, separator, naive = RULES[rule]
     prepare = replace(PLAIN, document=DocumentRule(document), separator=separator, input=str(path))
-    setup = encode.Setup(sources.find(prepare)[0], prepare, path, path.parent)
-    found = [r for chunk in build.chunks(setup, size) for _, r in encode.read(chunk, setup)]
+    setup = encode.Setup(inputs.find(prepare)[0], prepare, path, path.parent)
+    found = [r for chunk in pipeline.chunks(setup, size) for _, r in encode.read(chunk, setup)]
     got = [r.raw.decode() for r in found if r.raw and r.raw.strip()]
     assert got == [t for t in naive(text) if t.strip()]
     if rule != "literal" and text and size > len(text.encode()):
@@ -153,7 +154,7 @@ def test_a_long_text_is_divided_and_ends_once(tmp_path: Path, make: Make) -> Non
     text = "".join(f"line {i} 北京\n" for i in range(30_000))
     (tmp_path / "a.txt").write_text(text)
     prefix = make(f"prepare.input={tmp_path}/a.txt")
-    token_set = tokens.load(str(prefix))
+    token_set = token_files.load(str(prefix))
     assert token_set.documents > 5
     assert "".join(decoded(prefix)) == text
     assert (token_set.ids == 0).sum() == 1
@@ -171,7 +172,7 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path: Path, make: Make, mo
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(raw[:999]) + zstandard.compress(raw[999:]))
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "d.parquet", row_group_size=33)
-    monkeypatch.setattr(build, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 2000)
     for name in ("b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
         assert content(make(f"prepare.input={tmp_path}/{name}", "prepare.workers=2", name=f"o{name}")) == whole, name
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
@@ -193,7 +194,7 @@ def test_duplicates_go_validation_is_by_text_and_the_limit_counts_documents(tmp_
     prefix = make(source, "prepare.dedup=true", "prepare.val_share=0.25", name="val")
     assert decoded(prefix) == [t for t in once if not side(t, 0.25)]
     assert decoded(Path(f"{prefix}_val")) == [t for t in once if side(t, 0.25)]
-    assert tokens.prefixes_at(str(prefix.parent)) == [str(prefix)]
+    assert token_files.prefixes_at(str(prefix.parent)) == [str(prefix)]
     assert decoded(make(source, "prepare.limit=50", name="limit")) == rows[:50]
     assert decoded(make(source, "prepare.min_length=100", name="min")) == [t for t in rows if len(t) >= 100]
 
@@ -218,7 +219,7 @@ def test_sentences_may_be_lines_and_documents_gather_them(tmp_path: Path, make: 
         assert (index["lens"].dtype, index["docs"].dtype) == (np.int32, np.int64)
     assert decoded(prefix) == rows
     bare = make(jsonl(tmp_path / "a.jsonl", rows), "prepare.append_eot=false", name="bare")
-    assert not (tokens.load(str(bare)).ids == 0).any()
+    assert not (token_files.load(str(bare)).ids == 0).any()
 
 
 def test_sentences_may_be_those_of_punkt_which_knows_abbreviations(
@@ -228,7 +229,7 @@ def test_sentences_may_be_those_of_punkt_which_knows_abbreviations(
 
     config = configured(["task=prepare", "prepare.input=x", "prepare.output=x", "prepare.sentences=punkt"])
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    assert ["python -m nltk.downloader punkt_tab" in p for p in division.problems(config.prepare)] == [True]
+    assert ["python -m nltk.downloader punkt_tab" in p for p in documents.problems(config.prepare)] == [True]
 
     trainer = punkt.PunktTrainer("Then Mr. Fox came. He saw Mr. Dog. Mr. Cat ran. " * 30)
     folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
@@ -245,7 +246,7 @@ def test_sentences_may_be_those_of_punkt_which_knows_abbreviations(
 @given(st.lists(st.integers(0, 5), max_size=50))
 def test_the_first_of_each_stays(numbers: list[int]) -> None:
     hashes = np.array([[n // 2, n % 2] for n in numbers], np.uint64).reshape(-1, 2)
-    assert join.first_of_each(hashes).tolist() == [n not in numbers[:i] for i, n in enumerate(numbers)]
+    assert merge.first_of_each(hashes).tolist() == [n not in numbers[:i] for i, n in enumerate(numbers)]
 
 
 def test_the_manifest_says_what_was_made_of_what(tmp_path: Path, make: Make) -> None:
@@ -254,7 +255,7 @@ def test_the_manifest_says_what_was_made_of_what(tmp_path: Path, make: Make) -> 
     told = json.loads(Path(f"{prefix}_manifest.json").read_text())
     assert told["input"][0]["sha256"] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
     assert told["bytes"] == sum(len(t.encode()) for t in rows)
-    assert told["tokens"] == len(tokens.load(str(prefix)).ids)
+    assert told["tokens"] == len(token_files.load(str(prefix)).ids)
     assert told["bytes_per_token"] == told["bytes"] / told["tokens"]
     assert told["tokenizer"]["digest"] == tokenizer.digest(Path(f"{prefix}_tokenizer.json"))
     for name, file in told["files"].items():
@@ -269,13 +270,13 @@ def test_what_a_failed_start_has_finished_is_not_done_again(
 ) -> None:
     source = jsonl(tmp_path / "a.jsonl", texts(300))
     expected = content(make(source, name="whole"))
-    monkeypatch.setattr(build, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 2000)
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(build, "join", full)
+        patched.setattr(pipeline, "join", full)
         with pytest.raises(OSError, match="No space"):
             make(source)
     assert not list((tmp_path / "out").glob("x_[imt]*"))
@@ -308,20 +309,22 @@ def test_a_bad_line_is_counted_named_and_skipped(
     jsonl(tmp_path / "a.jsonl", rows)
     lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_bytes(b"".join([*lines[:70], BAD[why], b"\n", b'{"text": " "}\n', *lines[70:]]))
-    monkeypatch.setattr(build, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 1000)
     said: list[str] = []
     prefix = make(f"prepare.input={tmp_path}/a.jsonl", "prepare.max_bad=0.1", said=said)
     assert f"skipped {tmp_path}/a.jsonl:71: {why}" in said
     assert decoded(prefix) == rows
     told = json.loads(Path(f"{prefix}_manifest.json").read_text())
     assert told["skipped"] == {"bad": 1, "empty": 1, "short": 0}
-    with pytest.raises(build.Rejected, match=r"1 of 102 records are unusable, more than prepare.max_bad=0.001"):
+    with pytest.raises(
+        pipeline.TooManyBadRecords, match=r"1 of 102 records are unusable, more than prepare.max_bad=0.001"
+    ):
         make(f"prepare.input={tmp_path}/a.jsonl", name="strict")
     assert not list((tmp_path / "strict").glob("x_[im]*"))
 
 
 def test_a_lone_surrogate_is_not_text() -> None:
-    source = sources.Source("a", sources.TextFormat.jsonl, "", 0, 0)
+    source = inputs.Source("a", task_schemas.TextFormat.jsonl, "", 0, 0)
     raw = b'{"text": "\\ud800"}'
     assert documents.text_of(raw, source, PLAIN)[1] == "not UTF-8"
 
@@ -347,7 +350,7 @@ def test_a_wrong_key_is_found_before_anything_is_made(tmp_path: Path, bpe: Path)
     config = configured(
         ["task=prepare", source, f"prepare.output={tmp_path}/o/x", f"prepare.tokenizer={bpe}", "prepare.json_key=body"]
     )
-    (problem,) = build.check(config)
+    (problem,) = pipeline.check(config)
     assert "none of the first 20 records is usable: no key 'body', only text (20); first at" in problem
     assert not (tmp_path / "o").exists()
 
@@ -364,6 +367,6 @@ def test_bad_settings_are_said_all_at_once(tmp_path: Path) -> None:
     config = configured(
         ["task=prepare", "prepare.input=[nowhere,also]", "prepare.output=/x", f"prepare.tokenizer={tmp_path}/t.json"]
     )
-    found = " ".join(build.check(config))
+    found = " ".join(pipeline.check(config))
     for words in ("nowhere: not found", "also: not found", "no such file or folder; gpt2 is known by name"):
         assert words in found

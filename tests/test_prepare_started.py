@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, SMALL, Ran
 from test_prepare import jsonl
 
-from gpt.data import vocabularies
+from gpt.data import tokenizer_files
 from gpt.data.tokenizer import open_encoder
 
 pytestmark = pytest.mark.slow
@@ -28,13 +28,13 @@ PREPARE = ["task=prepare", "prepare.input=in", "prepare.output=out/x", "prepare.
 START = f"""
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, with all its children
-from gpt.data.prepare import build
-build.CHUNK_BYTES = {1 << 16}
-judge = build._judge
+from gpt.data.preprocess import pipeline
+pipeline.CHUNK_BYTES = {1 << 16}
+judge = pipeline._judge
 def unhurried(*arguments, **options):
     time.sleep(float(os.environ.get("SECONDS_PER_CHUNK", 0)))
     judge(*arguments, **options)
-build._judge = unhurried
+pipeline._judge = unhurried
 from gpt.main import main
 sys.argv[0] = "gpt"
 main()
@@ -159,7 +159,7 @@ def test_chinese_takes_a_vocabulary_of_its_own_which_is_twice_as_dense_as_gpt2s(
     ran = gpt("task=prepare", source, "prepare.output=made/x", "prepare.vocab=4000")
     assert ran.code == 0, ran.text
     made = json.loads((tmp_path / "made" / "x_manifest.json").read_text())
-    gpt2 = open_encoder(vocabularies.find("gpt2", tmp_path))
+    gpt2 = open_encoder(tokenizer_files.find("gpt2", tmp_path))
     assert made["bytes_per_token"] > 2 * made["bytes"] / sum(len(gpt2.encode(row)) for row in rows)
     trained = gpt(
         *SMALL, "data=tokens", "data.path=made/x", "model.vocab=4000", "trainer.max_steps=2", "hydra.run.dir=run",

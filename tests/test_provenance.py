@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import provenance
+from gpt.runs import provenance
 from scripts import reproduce
 
 

@@ -13,8 +13,9 @@ import pytest
 from conftest import SMALL, configured, metrics
 from test_run import Run, started, wait_for_step
 
-from gpt import checkpoint, runs
-from gpt.config import plain
+from gpt.config.derived import plain
+from gpt.runs import run_dir as runs
+from gpt.runs.checkpoint import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +63,7 @@ def test_a_signal_to_a_job_of_two_ranks_saves_and_the_other_topology_goes_on(
         wait_for_step(run_dir, 3)
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(60) == 143
-    found = checkpoint.newest(run_dir, pytest.fail)
+    found = checkpoint.latest_valid(run_dir, pytest.fail)
     assert found is not None
     step = found.state["step"]
     assert step == len(metrics(run_dir))

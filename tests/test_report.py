@@ -14,16 +14,17 @@ import pytest
 from conftest import composed, configured
 from run_folders import BASE, curve, grid_of, run_folder
 
-from gpt import driver, runs
-from gpt.config import UserError
-from gpt.console import Console
-from gpt.grid import gather, page, report, seeds, summary
-from gpt.grid.seeds import Group
-from gpt.rules import check
+from gpt.config.rules import check
+from gpt.runs import run_dir
+from gpt.runs.report import collect, page, report, statistics, summary
+from gpt.runs.report.statistics import Group
+from gpt.utils.console import Console
+from gpt.utils.errors import UserError
+from launchers import driver
 
 
 def states(folder: Path) -> dict[str, str]:
-    return {run.name: run.state for run in gather.find(folder).runs}
+    return {run.name: run.state for run in collect.find(folder).runs}
 
 
 # ---- what is gathered ----
@@ -36,7 +37,7 @@ def test_every_end_of_a_run_is_told_apart(tmp_path: Path) -> None:
     run_folder(tmp_path / "d", {}, curve(3.0)[:20], result={"status": "stopped", "step": 20})
     run_folder(tmp_path / "e", {}, curve(3.0), result={"status": "done", "step": 20})  # max_steps was raised since
     run_folder(tmp_path / "f", {}, [], result=None)
-    lock = runs.lock_of(tmp_path / "f")
+    lock = run_dir.lock_of(tmp_path / "f")
     assert lock.acquire()
     found = states(tmp_path)
     lock.release()
@@ -56,7 +57,7 @@ def test_what_a_search_gave_up_is_told_from_what_was_stopped(tmp_path: Path) -> 
 def test_a_torn_line_and_steps_computed_again_do_not_spoil_a_curve(tmp_path: Path) -> None:
     again = '{"step": 40, "tokens": 81920, "train/loss": 9.0}\n{"step": 41, "tok'
     run_folder(tmp_path / "a", {}, curve(3.0), torn=again)
-    (run,) = gather.find(tmp_path).runs
+    (run,) = collect.find(tmp_path).runs
     assert run.columns["step"].tolist() == list(range(1, 51))
     assert run.columns["train/loss"][39] == 9.0
     assert run.columns["train/loss"][49] == 3.0
@@ -66,11 +67,11 @@ def test_a_run_of_another_version_without_half_of_the_keys_has_its_place(tmp_pat
     run_folder(tmp_path / "new", {"optimizer.lr": 1e-3}, curve(3.0))
     old = tmp_path / "old"
     old.mkdir()
-    shape = {key: BASE["model"][key] for key in runs.SHAPE_KEYS}
+    shape = {key: BASE["model"][key] for key in run_dir.SHAPE_KEYS}
     config = {"seed": 1024, "model": shape, "data": {"seq_len": 128}, "optimizer": {"lr": 3e-3}, "gone": {"key": 1}}
     (old / "job.json").write_text(json.dumps({"config": config}))
     (old / "metrics.jsonl").write_text('{"step": 1, "tokens": 2048, "train/loss": 8.3, "val/loss": 8.2}\n')
-    found = summary.summarise(gather.find(tmp_path))
+    found = summary.summarise(collect.find(tmp_path))
     assert found.keys == ["optimizer.lr"]
     assert [row.run.name for row in found.rows] == ["new", "old"]
     assert found.rows[1].figures["parameters"] == found.rows[0].figures["parameters"]
@@ -84,7 +85,7 @@ def test_a_cell_that_failed_before_it_had_a_run_is_there_with_its_overrides_and_
     grid = grid_of(tmp_path, cells, events)
     (grid / "cells" / "bad.log").write_text("\x1b[31mno space\x1b[0m left on device\n")
     assert states(grid) == {"good": "done", "bad": "failed", "later": "new"}
-    found = summary.summarise(gather.find(grid))
+    found = summary.summarise(collect.find(grid))
     assert {row.run.name: row.keys["optimizer.lr"] for row in found.rows} == {"good": 0.001, "bad": 0.1, "later": 1}
     text = page.write(found, grid, "g").read_text()
     assert "<pre>no space left on device</pre>" in text
@@ -95,11 +96,11 @@ def test_a_grid_is_read_from_the_folder_around_it_too_and_every_run_once(tmp_pat
     run_folder(tmp_path / "good", {}, curve(3.0))
     run_folder(tmp_path / "other", {}, curve(3.0))
     grid_of(tmp_path, {"good": [], "bad": ["seed=2"]}, [{"cell": "bad", "event": "ended", "code": 3}])
-    found = [(run.name, run.state) for run in gather.find(tmp_path).runs]
+    found = [(run.name, run.state) for run in collect.find(tmp_path).runs]
     assert sorted(found) == [("bad", "guard"), ("good", "done"), ("other", "done")]
     (tmp_path / "grids" / "g").rename(tmp_path / "grids" / "f")
     grid_of(tmp_path, {"good": []}, [])  # a run that two grids have
-    assert sorted(run.name for run in gather.find(tmp_path).runs) == ["bad", "good", "other"]
+    assert sorted(run.name for run in collect.find(tmp_path).runs) == ["bad", "good", "other"]
 
 
 def test_a_grid_of_another_task_is_a_table_of_what_its_cells_were_asked(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_grid_of_another_task_is_a_table_of_what_its_cells_were_asked(tmp_path
 def test_reading_changes_nothing(tmp_path: Path) -> None:
     run_folder(tmp_path / "a", {}, curve(3.0), torn='{"st')
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    summary.summarise(gather.find(tmp_path))
+    summary.summarise(collect.find(tmp_path))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -132,10 +133,10 @@ def test_only_keys_that_differ_and_do_not_follow_from_another_are_columns(tmp_pa
     run_folder(tmp_path / "a", {"notes": "x", "model.dropout": 0.1}, curve(3.0), overrides=[])
     run_folder(tmp_path / "b", wide, curve(3.1), overrides=["model.hidden=256"])
     run_folder(tmp_path / "c", {**wide, "model.ffn": 512}, curve(3.2), overrides=["model.hidden=256", "model.ffn=512"])
-    keys = summary.summarise(gather.find(tmp_path)).keys
+    keys = summary.summarise(collect.find(tmp_path)).keys
     assert keys == ["model.hidden", "model.ffn", "model.dropout"]  # notes change nothing
     shutil.rmtree(tmp_path / "c")
-    assert summary.summarise(gather.find(tmp_path)).keys == ["model.hidden", "model.dropout"]
+    assert summary.summarise(collect.find(tmp_path)).keys == ["model.hidden", "model.dropout"]
 
 
 def test_the_table_has_the_lowest_loss_first_and_is_the_same_in_csv_and_json(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_the_best_command_composes_and_is_that_run(tmp_path: Path) -> None:
 def test_a_run_that_is_not_done_is_not_the_best_while_another_is(tmp_path: Path) -> None:
     run_folder(tmp_path / "a", {"seed": 1}, curve(3.0))
     run_folder(tmp_path / "b", {"seed": 2}, curve(2.0)[:30], result={"status": "failed", "step": 30})
-    found = summary.summarise(gather.find(tmp_path))
+    found = summary.summarise(collect.find(tmp_path))
     assert found.best is not None
     assert found.rows[found.best].run.name == "a"
 
@@ -181,7 +182,7 @@ def test_a_run_that_is_not_done_is_not_the_best_while_another_is(tmp_path: Path)
 def test_while_no_run_is_done_those_that_came_furthest_are_compared(tmp_path: Path) -> None:
     for name, seed, steps in (("a", 1, 20), ("b", 2, 30), ("c", 3, 30)):
         run_folder(tmp_path / name, {"seed": seed}, curve(3.0 + seed)[:steps], result=None)
-    found = summary.summarise(gather.find(tmp_path))
+    found = summary.summarise(collect.find(tmp_path))
     (group,) = found.groups
     assert sorted(group.seeds) == [2, 3]
     assert summary.verdict(found)[0] == "No run is done; those that came furthest are compared."
@@ -194,22 +195,22 @@ def test_while_no_run_is_done_those_that_came_furthest_are_compared(tmp_path: Pa
     ("k", "freedom", "expected"), [(2, 10, 3.15), (3, 10, 3.88), (10, 20, 5.01), (5, 60, 3.98), (3, 2, 8.33)]
 )
 def test_the_studentized_range_is_that_of_the_tables(k: int, freedom: int, expected: float) -> None:
-    assert seeds.studentized_range(k, freedom) == pytest.approx(expected, abs=0.006)
+    assert statistics.studentized_range(k, freedom) == pytest.approx(expected, abs=0.006)
 
 
 @pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (4, 2.776), (10, 2.228), (30, 2.042)])
 def test_with_two_groups_it_is_students_t(freedom: int, expected: float) -> None:
-    assert seeds.studentized_range(2, freedom) / math.sqrt(2) == pytest.approx(expected, rel=1e-3)
+    assert statistics.studentized_range(2, freedom) / math.sqrt(2) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_is_nearer_to_the_best_than_luck_reaches_could_be_as_good() -> None:
     groups = [Group([3, 4, 5], [3.5, 3.51, 3.52]), Group([0, 1, 2], [3.0, 3.01, 3.02])]
     groups.append(Group([6, 7, 8], [3.01, 3.02, 3.03]))
-    spread = seeds.judge(groups)
+    spread = statistics.compare_seeds(groups)
     assert spread
     assert spread.freedom == 4  # of the better half, at least two
     assert spread.sd == pytest.approx(0.01)
-    assert spread.difference == pytest.approx(seeds.studentized_range(3, 4) * 0.01 / math.sqrt(3))
+    assert spread.difference == pytest.approx(statistics.studentized_range(3, 4) * 0.01 / math.sqrt(3))
     assert spread.pair == pytest.approx(2.776 * 0.01 * math.sqrt(2 / 3), rel=1e-3)
     assert [group.verdict for group in groups] == ["best", "same", "worse"]
     assert [group.runs[0] for group in groups] == [0, 6, 3]
@@ -217,7 +218,7 @@ def test_what_is_nearer_to_the_best_than_luck_reaches_could_be_as_good() -> None
 
 def test_a_diverging_configuration_does_not_hide_what_others_show() -> None:
     groups = [Group([0], [3.0, 3.01]), Group([1], [3.3, 3.31]), Group([2], [5.0, 9.0]), Group([3], [3.0, 8.0])]
-    spread = seeds.judge(groups)
+    spread = statistics.compare_seeds(groups)
     assert spread
     assert spread.sd < 0.02
     verdicts = {group.runs[0]: group.verdict for group in groups}
@@ -229,7 +230,7 @@ def test_equal_configurations_are_called_different_as_rarely_as_promised() -> No
     wrong = 0
     for draw in draws:
         groups = [Group([i], values) for i, values in enumerate(draw.tolist())]
-        seeds.judge(groups)
+        statistics.compare_seeds(groups)
         wrong += any(group.verdict == "worse" for group in groups)
     assert wrong / 400 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
@@ -237,7 +238,7 @@ def test_equal_configurations_are_called_different_as_rarely_as_promised() -> No
 def test_with_one_seed_it_says_that_nothing_can_be_said(tmp_path: Path) -> None:
     run_folder(tmp_path / "a", {"optimizer.lr": 0.1}, curve(3.0))
     run_folder(tmp_path / "b", {"optimizer.lr": 0.2}, curve(3.1))
-    found = summary.summarise(gather.find(tmp_path))
+    found = summary.summarise(collect.find(tmp_path))
     assert found.spread is None
     assert "seed=1,2,3" in summary.verdict(found)[0]
 
@@ -247,7 +248,7 @@ def test_the_same_seed_twice_counts_once_and_a_failed_one_not_at_all(tmp_path: P
     run_folder(tmp_path / "a.old-1", {"seed": 1}, curve(3.0))
     run_folder(tmp_path / "b", {"seed": 2}, curve(3.2))
     run_folder(tmp_path / "c", {"seed": 3}, curve(1.0)[:9], result={"status": "guard", "step": 9})
-    (group,) = summary.summarise(gather.find(tmp_path)).groups
+    (group,) = summary.summarise(collect.find(tmp_path)).groups
     assert sorted(group.seeds) == [1, 2]
     assert len(group.runs) == 4
     assert group.mean == pytest.approx(3.2)
@@ -268,7 +269,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None
         more = [f"report.output={tmp_path / output}"] if output else []
         config = configured(["task=report", f"report.path={tmp_path / path}", *more])
         with pytest.raises(UserError, match=what):
-            driver.gate(config, tmp_path)
+            driver.preflight(config, tmp_path)
     assert not list(tmp_path.rglob("summary.*"))
 
 
@@ -279,7 +280,7 @@ def test_the_command_prints_the_table_and_says_where_the_page_is(
         run_folder(tmp_path / f"r{seed}", {"seed": seed}, curve(3.0 + seed / 100))
     home = tmp_path / "made" / "here"
     config = configured(["task=report", f"report.path={tmp_path}", f"report.output={home}"])
-    driver.gate(config, tmp_path)
+    driver.preflight(config, tmp_path)
     driver.run(config, tmp_path, [])
     out = capsys.readouterr().out
     assert "== 3 runs, the lowest val/loss first ==" in out

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from run_folders import curve, run_folder
 
-from gpt.grid import curves, gather, report, summary
+from gpt.runs.report import collect, page, report, summary
 
 
 def sweep(folder: Path) -> summary.Summary:
     for hidden, end in ((64, 4.0), (128, 3.5), (256, 3.0)):
         run_folder(folder / str(hidden), {"model.hidden": hidden, "model.ffn": 4 * hidden}, curve(end))
-    return summary.summarise(gather.find(folder))
+    return summary.summarise(collect.find(folder))
 
 
 def test_the_frontier_falls_and_no_curve_is_below_it(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_frontier_falls_and_no_curve_is_below_it(tmp_path: Path) -> None:
 
 
 def sweep_rows(folder: Path) -> list[summary.Row]:
-    return summary.summarise(gather.find(folder)).rows
+    return summary.summarise(collect.find(folder)).rows
 
 
 def test_a_power_law_is_fitted_through_three_sizes_and_not_through_two(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_power_law_is_fitted_through_three_sizes_and_not_through_two(tmp_path:
     slope, start = np.polyfit(*zip(*logs, strict=True), 1)
     assert (a, b) == pytest.approx((math.exp(start), -slope))
     shutil.rmtree(tmp_path / "64")
-    two = summary.summarise(gather.find(tmp_path)).sizes
+    two = summary.summarise(collect.find(tmp_path)).sizes
     assert two
     assert two.fit is None
 
@@ -162,10 +162,10 @@ def test_names_in_the_script_are_names_on_the_page(pages: Page) -> None:
 def test_a_long_run_is_thinned_to_means_that_keep_its_ends(tmp_path: Path) -> None:
     losses = [8.0 - k / 5000 + (-1) ** k for k in range(5000)]
     run_folder(tmp_path / "a", {"trainer.max_steps": 5000}, losses, result=None)
-    (run,) = gather.find(tmp_path).runs
-    thin = curves.thinned(run, curves.share(200))["train"]
-    assert len(thin["step"]) <= curves.MOST
+    (run,) = collect.find(tmp_path).runs
+    thin = page.thinned(run, page.share(200))["train"]
+    assert len(thin["step"]) <= page.MOST
     assert (thin["step"][0], thin["step"][-1]) == (1, 5000)
     assert thin["loss"][-2] == pytest.approx(7.0, abs=0.2)  # the saw of height 2 is gone
     assert thin["seconds"][-1] == 2500
-    assert curves.share(200) * 200 * 2 * 3 * 8 < 5e6  # two curves of three numbers: bytes
+    assert page.share(200) * 200 * 2 * 3 * 8 < 5e6  # two curves of three numbers: bytes

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.config import UserError
-from launchers import roles
-from launchers.roles import Role
+from gpt.utils import launch_env
+from gpt.utils.errors import UserError
+from gpt.utils.launch_env import LaunchEnvironment
+from launchers import rank_env
 
 PADDLE_ENV = {
     "PADDLE_TRAINER_ID": "3",
@@ -36,18 +37,18 @@ MPI_ENV = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 ROLES = {
-    "nothing": ({}, Role()),
-    "a batch script": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, Role()),
-    "a step of one task": ({**SLURM_ENV, "SLURM_STEP_NUM_TASKS": "1"}, Role()),
-    "an interactive step": ({**SLURM_ENV, "SLURM_STEP_ID": "interactive"}, Role()),
-    "a rank alone in the environment": ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "2"}, Role()),
-    "one MPI process": ({**MPI_ENV, "OMPI_COMM_WORLD_SIZE": "1"}, Role()),
-    "paddle": (PADDLE_ENV, Role(roles.PADDLE, 3, 4, 1, 2)),
-    "srun": (SLURM_ENV, Role(roles.SLURM, 2, 3, 0, 1)),
-    "mpirun": (MPI_ENV, Role(roles.MPI, 1, 2, 1, 2)),
+    "nothing": ({}, LaunchEnvironment()),
+    "a batch script": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, LaunchEnvironment()),
+    "a step of one task": ({**SLURM_ENV, "SLURM_STEP_NUM_TASKS": "1"}, LaunchEnvironment()),
+    "an interactive step": ({**SLURM_ENV, "SLURM_STEP_ID": "interactive"}, LaunchEnvironment()),
+    "a rank alone in the environment": ({"PADDLE_TRAINER_ID": "0", "PADDLE_TRAINERS_NUM": "2"}, LaunchEnvironment()),
+    "one MPI process": ({**MPI_ENV, "OMPI_COMM_WORLD_SIZE": "1"}, LaunchEnvironment()),
+    "paddle": (PADDLE_ENV, LaunchEnvironment(launch_env.PADDLE, 3, 4, 1, 2)),
+    "srun": (SLURM_ENV, LaunchEnvironment(launch_env.SLURM, 2, 3, 0, 1)),
+    "mpirun": (MPI_ENV, LaunchEnvironment(launch_env.MPI, 1, 2, 1, 2)),
     "mpirun in a Slurm batch script": (
         {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", **MPI_ENV},
-        Role(roles.MPI, 1, 2, 1, 2),
+        LaunchEnvironment(launch_env.MPI, 1, 2, 1, 2),
     ),
 }
 
@@ -55,27 +56,27 @@ ROLES = {
 @pytest.mark.parametrize("case", ROLES)
 def test_the_role_is_read_from_the_environment(case: str) -> None:
     env, expected = ROLES[case]
-    assert roles.detect(env) == expected
+    assert launch_env.detect(env) == expected
 
 
 def test_places_given_by_launchers() -> None:
-    of_paddle = roles.place(roles.detect(PADDLE_ENV), PADDLE_ENV, gpu=True).variables()
+    of_paddle = rank_env.place(launch_env.detect(PADDLE_ENV), PADDLE_ENV, gpu=True).variables()
     assert of_paddle == {**of_paddle, **PADDLE_ENV}
-    of_slurm = roles.place(roles.detect(SLURM_ENV), SLURM_ENV, hosts=lambda nodes: ["n1", "n2"])
+    of_slurm = rank_env.place(launch_env.detect(SLURM_ENV), SLURM_ENV, hosts=lambda nodes: ["n1", "n2"])
     assert [e.split(":")[0] for e in of_slurm.endpoints] == ["n1", "n1", "n2"]
     assert of_slurm.master.startswith("n1:")
     assert of_slurm.nodes == 2
     first = {**SLURM_ENV, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
-    same = roles.place(roles.detect(first), first, hosts=lambda nodes: ["n1", "n2"])
+    same = rank_env.place(launch_env.detect(first), first, hosts=lambda nodes: ["n1", "n2"])
     assert (same.endpoints, same.master) == (of_slurm.endpoints, of_slurm.master)
     other = {**SLURM_ENV, "SLURM_JOB_ID": "78"}
-    assert roles.place(roles.detect(other), other, hosts=lambda nodes: ["n1", "n2"]).master != of_slurm.master
-    of_mpi = roles.place(roles.detect(MPI_ENV), MPI_ENV)
+    assert rank_env.place(launch_env.detect(other), other, hosts=lambda nodes: ["n1", "n2"]).master != of_slurm.master
+    of_mpi = rank_env.place(launch_env.detect(MPI_ENV), MPI_ENV)
     assert of_mpi.variables()["PADDLE_TRAINERS_NUM"] == "2"
     assert len({*of_mpi.endpoints, of_mpi.master}) == 3
     apart = {**MPI_ENV, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     with pytest.raises(UserError, match="-x PADDLE_MASTER=HOST_OF_RANK_0"):
-        roles.place(roles.detect(apart), apart)
+        rank_env.place(launch_env.detect(apart), apart)
 
 
 def test_proxies_that_paddle_launch_puts_away_come_back() -> None:
@@ -84,16 +85,16 @@ def test_proxies_that_paddle_launch_puts_away_come_back() -> None:
         "http_proxy_original": "http://other:1",
         "http_proxy": "http://own:1",
     }
-    roles.restore_proxies(env)
+    rank_env.restore_proxies(env)
     assert (env["https_proxy"], env["http_proxy"]) == ("http://proxy:3128", "http://own:1")
     alone = {"HOME": "/"}
-    roles.restore_proxies(alone)
+    rank_env.restore_proxies(alone)
     assert alone == {"HOME": "/"}
 
 
 def test_a_world_that_is_not_the_product_of_the_degrees_is_refused() -> None:
-    role = Role(roles.MPI, 0, 2, 0, 2)
+    role = LaunchEnvironment(launch_env.MPI, 0, 2, 0, 2)
     assert role.problems(2, "2 = dp 2") == []
     (problem,) = role.problems(4, "4 = dp 2 x mp 2")
     assert "mpirun started 2 rank(s), but the degrees of parallel need 4 = dp 2 x mp 2: start 4" in problem
-    assert Role().problems(4, "4 = dp 4") == []
+    assert LaunchEnvironment().problems(4, "4 = dp 4") == []

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, Ran, metrics, wandb_records, wandb_summary
 
-from gpt import checkpoint, runs, wandb_run
+from gpt.runs import run_dir as runs
+from gpt.runs import wandb_run
+from gpt.runs.checkpoint import checkpoint
 from scripts import make_dashboard
 from scripts.kill_test import workers_of
 
@@ -26,7 +28,7 @@ Run = Callable[..., Ran]
 
 
 def final_weights(run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    found = checkpoint.newest(run_dir, pytest.fail)
+    found = checkpoint.latest_valid(run_dir, pytest.fail)
     assert found is not None
     assert found.state["step"] == step
     return found.model()
@@ -305,7 +307,7 @@ def test_a_loss_that_is_no_number_ends_with_3_and_the_last_good_checkpoint(
     assert "the weights were not touched" in ran.out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "guard"
-    found = checkpoint.newest(tmp_path / "run", pytest.fail)
+    found = checkpoint.latest_valid(tmp_path / "run", pytest.fail)
     assert found is not None
     assert found.state["step"] == result["step"]
 
@@ -345,7 +347,7 @@ def test_a_full_disk_is_said_and_loses_nothing(gpt: Run, small: list[str], tmp_p
             assert "No space left on device" in ran.text
             assert "Traceback" not in ran.text
         assert runs.checkpoint_steps(disk / "run") == [4]
-        assert checkpoint.damage(checkpoint.folder_of(disk / "run", 4)) is None
+        assert checkpoint.verify(checkpoint.folder_of(disk / "run", 4)) is None
         (disk / "filler").unlink()
         ran = gpt(*longer)
         assert ran.code == 0, ran.text

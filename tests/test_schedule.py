@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.plan.schedule import Kind, Schedule, Work, bubble, in_flight, of_fleet, program
-from gpt.plan.simulation import Pipeline, Timeline, simulate
+from gpt.plan.pipeline_schedule import Kind, PipelineSchedule, Work, bubble, in_flight, of_fleet, program
+from gpt.plan.pipeline_simulation import Pipeline, Timeline, simulate
 
 SHAPES = [
     (1, 3, 1),
@@ -53,7 +53,9 @@ def fleet_says(stage: int, stages: int, micros: int, chunks: int) -> list[tuple[
     return [(name[0].upper(), int(name[1:]), int(chunk[0]) if chunk else 0) for name, *chunk in steps]
 
 
-@pytest.mark.parametrize(("stages", "micros", "chunks"), [s for s in SHAPES if of_fleet(*s) is not Schedule.f_then_b])
+@pytest.mark.parametrize(
+    ("stages", "micros", "chunks"), [s for s in SHAPES if of_fleet(*s) is not PipelineSchedule.f_then_b]
+)
 def test_every_stage_takes_micro_batches_in_the_order_that_fleet_does(stages: int, micros: int, chunks: int) -> None:
     for stage in range(stages):
         steps = program(of_fleet(stages, micros, chunks), stage, stages, micros, chunks)
@@ -77,7 +79,7 @@ def test_as_many_micro_batches_are_in_flight_as_the_formula_says(shape: tuple[in
     assert even(*shape).in_flight == [in_flight(schedule, stage, stages, micros, chunks) for stage in range(stages)]
     if chunks == 1:
         assert even(*shape).in_flight == [min(stages - stage, micros) for stage in range(stages)]
-    assert even(stages, micros, schedule=Schedule.f_then_b).in_flight == [micros] * stages
+    assert even(stages, micros, schedule=PipelineSchedule.f_then_b).in_flight == [micros] * stages
 
 
 def test_two_uneven_stages_by_hand() -> None:

@@ -9,18 +9,18 @@ import paddle
 import pytest
 from conftest import configured
 
-from gpt import scores
-from gpt.config import Config
-from gpt.model import GPT
-from gpt.text import scoring
-from gpt.text.choice import log_probabilities
-from gpt.topology import Topology
+from gpt.config.schema import Config
+from gpt.inference import decoder, logprobs
+from gpt.inference.sampling import log_probabilities
+from gpt.model import token_scores
+from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
 
 TEXTS = [[5, 3, 9, 200, 7, 1, 1, 30], [8, 2], [4], [383, 0, 383]]
 
 
 def model_of(config: Config) -> GPT:
-    model = GPT(config, Topology.connect(config))
+    model = GPT(config, Topology.initialize(config))
     model.initialise()
     model.eval()
     return model
@@ -35,9 +35,9 @@ def model(small: list[str]) -> GPT:
 def test_scores_are_those_of_the_forward_pass(
     model: GPT, monkeypatch: pytest.MonkeyPatch, columns: int, logits: int
 ) -> None:
-    monkeypatch.setattr(scoring, "PREFILL_COLUMNS", columns)
-    monkeypatch.setattr(scores, "LOGITS", logits)
-    for text, scored in zip(TEXTS, scoring.score(model, TEXTS), strict=True):
+    monkeypatch.setattr(decoder, "PREFILL_COLUMNS", columns)
+    monkeypatch.setattr(token_scores, "LOGITS", logits)
+    for text, scored in zip(TEXTS, logprobs.score(model, TEXTS), strict=True):
         assert len(scored.logprobs) == len(scored.best) == len(scored.best_logprobs) == len(text) - 1
         with paddle.no_grad():
             logits_TV = model(paddle.to_tensor([text])).numpy()[0]
@@ -50,13 +50,13 @@ def test_scores_are_those_of_the_forward_pass(
 def test_a_token_of_the_text_is_as_probable_as_the_best_only_if_it_is_the_best(model: GPT) -> None:
     greedy = [5]
     for _ in range(6):  # each time what the scores of any continuation say is best
-        greedy.append(scoring.score(model, [[*greedy, 0]])[0].best[-1])
-    for scored, text in zip(scoring.score(model, [greedy, TEXTS[0]]), (greedy, TEXTS[0]), strict=True):
+        greedy.append(logprobs.score(model, [[*greedy, 0]])[0].best[-1])
+    for scored, text in zip(logprobs.score(model, [greedy, TEXTS[0]]), (greedy, TEXTS[0]), strict=True):
         for logprob, best, top, token in zip(scored.logprobs, scored.best, scored.best_logprobs, text[1:], strict=True):
             assert (logprob == top) is (best == token)
             assert logprob <= top
-    assert scoring.score(model, [greedy])[0].best == greedy[1:]
+    assert logprobs.score(model, [greedy])[0].best == greedy[1:]
 
 
 def test_texts_of_one_token_have_no_scores(model: GPT) -> None:
-    assert [dataclasses.astuple(s) for s in scoring.score(model, [[1], [2]])] == [([], [], [])] * 2
+    assert [dataclasses.astuple(s) for s in logprobs.score(model, [[1], [2]])] == [([], [], [])] * 2

@@ -25,20 +25,21 @@ from served import SECONDS, Judge, Served, serving, settings
 from test_scoring import TEXTS, model_of
 from test_serve import refused
 
-from gpt.config import plain
-from gpt.rules import rule_problems
+from gpt.config.derived import plain
+from gpt.config.rules import rule_problems
+from gpt.inference import logprobs as inference_logprobs
+from gpt.inference.server import address
+from gpt.inference.server.app import CompletionsApp, ServerThread
+from gpt.inference.server.request_queue import RequestQueue
 from gpt.tasks import serve
-from gpt.text import listen, scoring
-from gpt.text.desk import Desk
-from gpt.text.server import Front, Service
 
 
 @contextmanager
 def live(**more: Any) -> Iterator[tuple[Served, str]]:
     """A server at a free port, and its URL."""
     free = dataclasses.replace(settings()[0], port=0)
-    with serving(**more) as served, contextlib.closing(listen.bind(free)) as listener:
-        front, url = Front(served.service, listener), listen.url(listener)
+    with serving(**more) as served, contextlib.closing(address.bind(free)) as listener:
+        front, url = ServerThread(served.service, listener), address.url(listener)
         try:
             yield served, url
         finally:
@@ -213,10 +214,10 @@ def test_a_large_body_is_refused_so_that_the_client_can_read_it() -> None:
 
 def test_until_the_model_is_there_the_server_says_that_it_is_loading() -> None:
     limits, generate = settings()
-    desk = Desk(limits.queue)
-    service = Service(limits, generate, "parrot", desk)
-    with contextlib.closing(listen.bind(dataclasses.replace(limits, port=0))) as listener:
-        front, url = Front(service, listener), listen.url(listener)
+    desk = RequestQueue(limits.queue)
+    service = CompletionsApp(limits, generate, "parrot", desk)
+    with contextlib.closing(address.bind(dataclasses.replace(limits, port=0))) as listener:
+        front, url = ServerThread(service, listener), address.url(listener)
         response = httpx2.get(f"{url}/health")
         assert (response.status_code, response.json()["status"]) == (503, "loading")
         assert "the server is loading" in refused(ask(url), 503)["message"]
@@ -267,7 +268,7 @@ def test_all_ranks_write_the_same_stop_together_and_score_as_one_does(small: lis
             assert served["code"] == (143 if cut else 130)
             ends = ["UnavailableError"] * 3 if cut else ["Done", "UnavailableError", "Done"]
             assert [news for news in served["told"] if news != "Begun"] == ([] if rank else ends)
-    alone = scoring.score(model_of(configured(wide)), TEXTS)
+    alone = inference_logprobs.score(model_of(configured(wide)), TEXTS)
     for said in ranks:
         for together, (logprobs, best, tops) in zip(alone, said["scores"], strict=True):
             assert logprobs == pytest.approx(together.logprobs, abs=1e-4)
@@ -279,22 +280,22 @@ def test_all_ranks_write_the_same_stop_together_and_score_as_one_does(small: lis
 
 
 def test_a_taken_port_is_one_sentence_before_anything_is_started() -> None:
-    with contextlib.closing(listen.bind(dataclasses.replace(settings()[0], port=0))) as listener:
+    with contextlib.closing(address.bind(dataclasses.replace(settings()[0], port=0))) as listener:
         taken = dataclasses.replace(settings()[0], port=listener.getsockname()[1])
-        (problem,) = listen.problems(taken)
+        (problem,) = address.problems(taken)
     place = f"serve.host=127.0.0.1 serve.port={taken.port}"
     assert (
         problem == f"{place}: another program listens there; choose another serve.port=..., or 0 for any that is free"
     )
-    assert listen.problems(taken) == []
+    assert address.problems(taken) == []
 
 
 def test_what_is_lacking_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = listen.importlib.util.find_spec
-    monkeypatch.setattr(listen.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    find = address.importlib.util.find_spec
+    monkeypatch.setattr(address.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     bad = dataclasses.replace(settings()[0], host="no.such.host.invalid", api_key_env="NO_SUCH_KEY")
-    packages, key, host = listen.problems(bad)
+    packages, key, host = address.problems(bad)
     assert packages == "task=serve needs the packages uvicorn: pip install 'gpt-runner[serve]'"
     assert key == "serve.api_key_env=NO_SUCH_KEY: there is no such environment variable, or it is empty"
     assert host.startswith("serve.host=no.such.host.invalid serve.port=8000: no such host")
@@ -307,7 +308,7 @@ def test_the_address_is_loopback_unless_the_command_says_otherwise(capsys: pytes
 
     for host, warns in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
         job = Job(configured(["task=serve", "serve.port=0", f"serve.host={host}"]))
-        _, front, url = serve._open(job, Desk(1))  # type: ignore[arg-type]
+        _, front, url = serve._open(job, RequestQueue(1))  # type: ignore[arg-type]
         front.close()
         assert (f"WARNING: serve.host={host}" in capsys.readouterr().out) is warns
         assert url.startswith("http://")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Ran, metrics
 
-from gpt import runs
-from gpt.config_text import Split
-from gpt.data.samples import Samples
-from gpt.runs import Job
+from gpt.config.task_schemas import Split
+from gpt.data.dataset import TokenDataset
+from gpt.runs import run_dir
+from gpt.runs.run_dir import Job
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_a_rank_that_fails_in_a_save_leaves_the_checkpoint_before(
     ran = gpt(*command, env=path)
     assert ran.code == 1, ran.text
     assert said in ran.text
-    assert runs.checkpoint_steps(tmp_path / "run") == [4]
+    assert run_dir.checkpoint_steps(tmp_path / "run") == [4]
     ran = gpt(*command, env=path)
     assert ran.code == 0, ran.text
     assert "resuming from step_00000004" in ran.out
@@ -63,7 +63,7 @@ def test_other_tasks_read_what_eight_ranks_wrote(gpt: Callable[..., Ran], small:
     assert ran.code == 0, ran.text
     assert "--- sample (step 4) ---" in ran.out
     job = Job.read(tmp_path / "run")
-    samples = len(Samples(job.config, job.data, Split.val, shuffled=False))  # whole windows, as in training
+    samples = len(TokenDataset(job.config, job.data, Split.val, shuffled=False))  # whole windows, as in training
     ran = gpt("task=evaluate", where, "evaluate.split=val", f"evaluate.max_samples={samples}", "cluster.device=cpu")
     assert ran.code == 0, ran.text
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())["val split"]

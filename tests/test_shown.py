@@ -13,7 +13,7 @@ from conftest import ROOT, Ran
 from slurm_stand_in import SLURM
 
 from gpt import cli
-from gpt.config import Config
+from gpt.config.schema import Config
 from launchers import kubernetes, nodes
 
 
@@ -30,7 +30,7 @@ def test_a_dry_run_shows_the_script_without_slurm_and_leaves_nothing(
 
 def test_every_host_is_told_its_own_command() -> None:
     overrides = ["cluster=nodes", "cluster.hosts=[a,b]", "cluster.device=cpu", "parallel=dp8", "notes=two words"]
-    found = nodes.commands(cli.job(overrides), overrides, ROOT)
+    found = nodes.commands(cli.compose_job(overrides), overrides, ROOT)
     assert [host for host, _ in found] == ["a", "b"]
     for rank, (_, command) in enumerate(found):
         assert f"--master a:29500 --nnodes 2 --rank {rank} --nproc_per_node 4 " in command
@@ -41,7 +41,7 @@ def test_every_host_is_told_its_own_command() -> None:
 
 def manifest(*more: str) -> dict[str, Any]:
     overrides = ["cluster=kubernetes", "cluster.image=registry/gpt:1", "parallel=dp8", "cluster.per_node=4", *more]
-    config: Config = cli.job(overrides)
+    config: Config = cli.compose_job(overrides)
     found: dict[str, Any] = yaml.safe_load(kubernetes.text([kubernetes.manifest(config, "tiny_dp8_0a1b", overrides)]))
     return found
 

@@ -16,11 +16,11 @@ DRIVER = f"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from launchers import local, places
+from launchers import local, rank_env
 env = dict(os.environ, GPT_DRIVER_PID=str(os.getpid()))
 here = Path(sys.argv[1]).parent
 outcome = local.run_workers(
-    [sys.argv[1], str(here)], lambda: places.here(3, gpu=False), here / "logs", env, show=print, poll=lambda: None
+    [sys.argv[1], str(here)], lambda: rank_env.here(3, gpu=False), here / "logs", env, show=print, poll=lambda: None
 )
 sys.exit(outcome.code if outcome.code >= 0 else 128 - outcome.code)
 """
@@ -28,16 +28,16 @@ SLEEPER = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 rank = os.environ["PADDLE_TRAINER_ID"]
-from gpt import guard
-guard.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
+from gpt.utils import signals
+signals.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
 open(sys.argv[0] + "." + rank, "w").write(str(os.getpid()))
 time.sleep(600)
 """
 # Its signals change nothing, as in a collective that another rank never enters.
 DEAF = SLEEPER.replace(
-    "guard.die_with_parent",
+    "signals.die_with_parent",
     "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nfrom gpt import worker\n"
-    "worker.ORPHAN_SECONDS = 1.0\nworker.watched() #",
+    "worker.ORPHAN_SECONDS = 1.0\nworker.start_monitoring() #",
 )
 
 

@@ -17,9 +17,10 @@ from test_roles import SLURM_ENV
 from test_signals import wait_for
 from test_started import Ranks
 
-from gpt.config import UserError
-from launchers import group, roles
-from launchers.roles import Role
+from gpt.utils import launch_env
+from gpt.utils.errors import UserError
+from gpt.utils.launch_env import LaunchEnvironment
+from launchers import rank_env, rendezvous
 
 SCONTROL = """#!/bin/sh
 if [ "$2" = hostnames ]; then printf 'n1\\nn2\\n'; exit; fi
@@ -42,52 +43,52 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_node_has_the_address_that_slurm_itself_uses(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = roles.place(roles.detect(SLURM_ENV), SLURM_ENV)
+    place = rank_env.place(launch_env.detect(SLURM_ENV), SLURM_ENV)
     hosts, ports = zip(*(endpoint.split(":") for endpoint in (*place.endpoints, place.master)), strict=True)
     assert hosts == ("localhost", "localhost", "127.0.0.1", "localhost")
     assert len(set(ports)) == 4  # two of Slurm's nodes may be one host
 
     (scontrol / "busy").write_text("")
-    names = roles.place(roles.detect(SLURM_ENV), SLURM_ENV)
+    names = rank_env.place(launch_env.detect(SLURM_ENV), SLURM_ENV)
     assert [endpoint.split(":")[0] for endpoint in names.endpoints] == ["n1", "n1", "n2"]
 
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"`scontrol show hostnames n\[1-2\]`, which tells .* failed: .*No such file"):
-        roles.place(roles.detect(SLURM_ENV), SLURM_ENV)
+        rank_env.place(launch_env.detect(SLURM_ENV), SLURM_ENV)
 
 
 def test_the_only_task_of_every_node_looks_after_its_nodes_ranks(scontrol: Path) -> None:
-    role = roles.detect(ONE_EACH)
-    assert role == Role(roles.SLURM, 1, 2, 0, 1, spread=True)
+    role = launch_env.detect(ONE_EACH)
+    assert role == LaunchEnvironment(launch_env.SLURM, 1, 2, 0, 1, spread=True)
     assert role.problems(4, "4 = dp 4") == role.problems(2, "2 = dp 2") == []
     assert (role.here(4), role.share(4), role.here(2), role.share(2)) == (2, 2, 1, 1)
-    two = roles.places(role, ONE_EACH, 4, gpu=True)
+    two = rank_env.places(role, ONE_EACH, 4, gpu=True)
     assert [(p.rank, p.local_rank, p.local_size, p.nodes, p.gpu) for p in two] == [(2, 0, 2, 2, "0"), (3, 1, 2, 2, "1")]
     assert [endpoint.split(":")[0] for endpoint in two[0].endpoints] == ["localhost"] * 2 + ["127.0.0.1"] * 2
     assert len({endpoint.split(":")[1] for endpoint in (*two[0].endpoints, two[0].master)}) == 5
-    own = roles.place(role, ONE_EACH)
+    own = rank_env.place(role, ONE_EACH)
     assert (two[0].endpoints[0], two[0].master) == (own.endpoints[0], own.master)  # where rank 0 is found
-    assert roles.places(role, ONE_EACH, 2, gpu=False) == [own]
+    assert rank_env.places(role, ONE_EACH, 2, gpu=False) == [own]
 
 
 @pytest.mark.parametrize(("tasks", "ranks"), [("2,1", 6), ("1(x2)", 3), ("1(x2)", 1)])
 def test_tasks_that_cannot_share_the_ranks_are_refused_with_the_option_to_use(tasks: str, ranks: int) -> None:
-    number = sum(roles.tasks_per_node(tasks))
+    number = sum(launch_env.tasks_per_node(tasks))
     env = {**SLURM_ENV, "SLURM_STEP_NUM_TASKS": f"{number}", "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_PROCID": "0"}
-    (problem,) = roles.detect({**env, "SLURM_NODEID": "0"}).problems(ranks, f"{ranks} = dp {ranks}")
+    (problem,) = launch_env.detect({**env, "SLURM_NODEID": "0"}).problems(ranks, f"{ranks} = dp {ranks}")
     assert problem.startswith(f"srun started {number} rank(s), but the degrees of parallel need {ranks} = dp {ranks}")
     assert f"start {ranks} (srun -n, or --ntasks-per-node times the nodes)" in problem
 
 
 def test_why_rank_0_cannot_listen_is_said() -> None:
     with pytest.raises(UserError, match=r"cannot listen on no-such-node\.invalid:1: the name .* is not known here"):
-        group._listen_on("no-such-node.invalid:1", 1)
+        rendezvous._listen_on("no-such-node.invalid:1", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken, perhaps by another job"):
-            group._listen_on(f"127.0.0.1:{port}", 1)
+            rendezvous._listen_on(f"127.0.0.1:{port}", 1)
     with pytest.raises(UserError, match=r"192\.0\.2\.1 is not an address of this host"):  # kept for documents
-        group._listen_on("192.0.2.1:20001", 1)
+        rendezvous._listen_on("192.0.2.1:20001", 1)
 
 
 # --- one task for a node's ranks, as Slurm would start them ---

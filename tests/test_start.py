@@ -13,31 +13,33 @@ import pytest
 from conftest import Ran, configured, metrics
 from foreign import gpt2, torch_logits
 
-from gpt import checkpoint, optim, saving
-from gpt.config import Device, plain
-from gpt.config_text import Split
+from gpt.config.cluster import Device
+from gpt.config.derived import plain
+from gpt.config.task_schemas import Split
 from gpt.data import corpus, tokenizer
-from gpt.data.samples import Samples
-from gpt.engine import Engine
-from gpt.runs import Job
+from gpt.data.dataset import TokenDataset
+from gpt.parallel.topology import Topology
+from gpt.runs.checkpoint import checkpoint, saver
+from gpt.runs.run_dir import Job
 from gpt.tasks import pretrain
-from gpt.topology import Topology
+from gpt.train import optimizer
+from gpt.train.trainer import Trainer
 
 
-def engine_of(job: Job) -> Engine:
-    return Engine(job.config, Topology(job.config.parallel, Device.cpu))
+def engine_of(job: Job) -> Trainer:
+    return Trainer(job.config, Topology(job.config.parallel, Device.cpu))
 
 
 def test_given_weights_come_without_moments_and_own_checkpoints_win(small: list[str], tmp_path: Path) -> None:
     config = configured(small)
     data = corpus.prepare(config)
     job = Job(config, data, tmp_path / "run", [])
-    first, samples = engine_of(job), Samples(config, data, Split.train)
+    first, samples = engine_of(job), TokenDataset(config, data, Split.train)
     for number in (1, 2, 3):
         first.step(number, samples)
     model, slots, rest = first.state()
     state = {"step": 3, "config": plain(config), "data": data.plain(), "data_fingerprint": data.fingerprint, **rest}
-    saving.write_alone(tmp_path / "given", saving.Part(3, model, slots, state))
+    saver.write_alone(tmp_path / "given", saver.CheckpointShard(3, model, slots, state))
 
     for offload in (False, True):
         theirs = dataclasses.replace(config.optimizer, offload=offload)
@@ -54,8 +56,8 @@ def test_given_weights_come_without_moments_and_own_checkpoints_win(small: list[
         assert (second.step(1, samples).loss, second.step(2, samples).loss) == wanted
 
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    own = saving.Part(2, *second.state()[:2], {**state, "step": 2})
-    saving.write_alone(checkpoint.folder_of(tmp_path / "run", 2), own)
+    own = saver.CheckpointShard(2, *second.state()[:2], {**state, "step": 2})
+    saver.write_alone(checkpoint.folder_of(tmp_path / "run", 2), own)
     assert pretrain.restore(job, engine_of(job)) == 2
 
 
@@ -66,10 +68,10 @@ def test_float32_copies_of_an_optimizer_are_the_given_weights(
     data = corpus.prepare(config)
     model, _, _ = engine_of(Job(config, data, tmp_path, [])).state()
     state = {"step": 3, "config": plain(config)}
-    saving.write_alone(tmp_path / "given", saving.Part(3, model, {}, state))
+    saver.write_alone(tmp_path / "given", saver.CheckpointShard(3, model, {}, state))
     given = checkpoint.Checkpoint(tmp_path / "given").model()
     told: list[dict[str, np.ndarray]] = []
-    monkeypatch.setattr(optim, "restore", lambda *arguments: told.append(arguments[3]))  # on a CPU they are shared
+    monkeypatch.setattr(optimizer, "restore", lambda *arguments: told.append(arguments[3]))  # on a CPU they are shared
     for override, copies in (("optimizer.offload=false", 0), ("optimizer.offload=true", 1)):
         engine_of(Job(configured([*small, override]), data, tmp_path, [])).load(given, None, {})
         assert len(told) == copies

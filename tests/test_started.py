@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from test_signals import alive, wait_for
 
-from launchers import places
+from launchers import rank_env
 
 # --- our command, started once per rank ---
 
@@ -26,7 +26,8 @@ COMMAND = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.executable = {{worker!r}}
-from gpt import driver, main
+from gpt import main
+from launchers import driver
 main.main()
 """
 WORKER = f"""#!{sys.executable}
@@ -35,8 +36,8 @@ from pathlib import Path
 run_dir, job_file = Path(sys.argv[3]), Path(sys.argv[4])
 rank, world = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ["PADDLE_TRAINERS_NUM"])
 sys.path.insert(0, {str(ROOT)!r})
-from gpt import files, guard
-guard.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
+from gpt.utils import files, signals
+signals.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
 files.write_json(run_dir / f"rank{{rank}}.json", dict(os.environ, PID=str(os.getpid())))
 def result():
     if rank == 0:
@@ -106,7 +107,7 @@ def ranks(tmp_path: Path, small: list[str]) -> Iterator[Ranks]:
 
 
 def as_paddle(count: int = 2) -> list[dict[str, str]]:
-    return [place.variables() for place in places.here(count, gpu=False)]
+    return [place.variables() for place in rank_env.here(count, gpu=False)]
 
 
 def as_mpi(count: int = 2) -> list[dict[str, str]]:
@@ -204,7 +205,7 @@ def test_a_signal_to_all_ranks_lets_their_workers_save(ranks: Ranks) -> None:
 def test_a_hang_is_ended_by_rank_0_for_all(ranks: Ranks, noticed_by: str) -> None:
     body = (
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from gpt import heartbeat\n"
+        "from gpt.utils import heartbeat\n"
         "heartbeat.begin(run_dir / 'logs', rank)\n"
         "heartbeat.beat(4, 'forward')\n"
         "if rank == 0: heartbeat.beat(4, 'reduce')\n"
@@ -287,7 +288,7 @@ def test_started_by_paddle_launch(ranks: Ranks) -> None:
 @pytest.mark.slow
 def test_started_by_paddle_launch_on_two_nodes(ranks: Ranks) -> None:
     ranks.script("print('here is rank', rank, flush=True)\nresult()\n")
-    master = f"127.0.0.1:{places.free_ports(1)[0]}"
+    master = f"127.0.0.1:{rank_env.free_ports(1)[0]}"
     for node in ("0", "1"):
         paddle_launch(ranks, "--nnodes", "2", "--nproc_per_node", "1", "--master", master, "--rank", node,
                       "--log_dir", f"log{node}")  # fmt: skip

@@ -16,13 +16,14 @@ import pytest
 from conftest import ROOT, configured
 from foreign import greedy, loaded, logits, random_parameters, shape
 
-from gpt import checkpoint, saving
-from gpt.config import Config, plain
+from gpt.config.derived import plain
+from gpt.config.schema import Config
 from gpt.data import tokenizer
-from gpt.data.corpus import Prepared
-from gpt.model import GPT
-from gpt.weights import eight_bits, static
-from gpt.whole import Piece, Slice
+from gpt.data.corpus import DatasetInfo
+from gpt.model.gpt import GPT
+from gpt.runs.checkpoint import checkpoint, saver
+from gpt.runs.checkpoint.reshard import ShardRange, TensorShard
+from gpt.runs.convert import paddle_inference
 
 MODEL = ["model=tiny", "model.vocab=300", "model.hidden=60", "model.heads=5", "model.layers=3", "model.positions=40"]
 TOKENS = np.random.default_rng(1).integers(0, 300, [3, 21])
@@ -32,9 +33,9 @@ def made(folder: Path) -> checkpoint.Checkpoint:
     """A checkpoint with random parameters and a tokenizer."""
     config: Config = configured([*MODEL, "data=tokens", "data.path=x", "data.vocab=300"])
     tokenizer.train(["the cat sat on the mat and the dog saw the cat " * 5], 290, folder / "tokenizer.json")
-    pieces = {n: Piece(list(a.shape), Slice(0, 0, len(a)), a) for n, a in random_parameters(config).items()}
-    state = {"step": 7, "config": plain(config), "data": Prepared([], "", 0, None, None, 0).plain()}
-    saving.write_alone(folder / "checkpoint", saving.Part(7, pieces, {}, state, folder / "tokenizer.json"))
+    pieces = {n: TensorShard(list(a.shape), ShardRange(0, 0, len(a)), a) for n, a in random_parameters(config).items()}
+    state = {"step": 7, "config": plain(config), "data": DatasetInfo([], "", 0, None, None, 0).plain()}
+    saver.write_alone(folder / "checkpoint", saver.CheckpointShard(7, pieces, {}, state, folder / "tokenizer.json"))
     return checkpoint.Checkpoint(folder / "checkpoint")
 
 
@@ -43,8 +44,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders ``checkpoint``, ``paddle`` and ``int8``."""
     folder = tmp_path_factory.mktemp("exported")
     found = made(folder)
-    static.export(found, shape(found), folder / "paddle", small=False)
-    static.export(found, shape(found), folder / "int8", small=True)
+    paddle_inference.export(found, shape(found), folder / "paddle", small=False)
+    paddle_inference.export(found, shape(found), folder / "int8", small=True)
     return folder
 
 
@@ -64,7 +65,7 @@ def run(a_predictor: Any, *inputs: Any) -> list[Any]:
 def round_weights(model: GPT, folder: Path) -> None:
     """To what eight bits leave of them."""
     stored = checkpoint.Checkpoint(folder / "checkpoint").model()
-    rounded = eight_bits.Rounded(stored.folder, stored.index)
+    rounded = paddle_inference.Rounded(stored.folder, stored.index)
     for name, parameter in model.named_parameters():
         parameter.set_value(paddle.to_tensor(rounded[name]))
 
@@ -111,11 +112,11 @@ def test_int8_computes_with_the_rounded_weights_and_is_smaller(exported: Path) -
 def test_rounding_errs_by_half_a_step_at_most() -> None:
     matrix = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32)
     for axis in (0, 1):
-        packed = eight_bits.pack(matrix, axis)
+        packed = paddle_inference.pack(matrix, axis)
         error = np.abs(packed.unpacked() - matrix)
         assert (error <= np.expand_dims(packed.scale, 1 - axis) / 2 * 1.0001).all()
         assert (np.abs(packed.numbers).max(axis=1 - axis) == 127).all()
-    assert (eight_bits.pack(np.zeros((2, 2), np.float32), 1).unpacked() == 0).all()
+    assert (paddle_inference.pack(np.zeros((2, 2), np.float32), 1).unpacked() == 0).all()
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from conftest import Ran, configured
 
-from gpt.config import UserError
-from gpt.config_grid import Optuna, Sampler
-from gpt.grid import study
-from gpt.grid.study import Proposal, Study
+from gpt.config.task_schemas import Optuna, Sampler
+from gpt.utils.errors import UserError
+from launchers.sweep import optuna_study
+from launchers.sweep.optuna_study import Proposal, Study
 
 Run = Callable[..., Ran]
 SWEEPS = [
@@ -31,8 +31,8 @@ def settings(**changes: Any) -> Optuna:
     return dataclasses.replace(configured([]).optuna, **changes)
 
 
-def space(*sweeps: str, **named: str) -> study.Space:
-    return study.split(list(sweeps), named, None)[0]
+def space(*sweeps: str, **named: str) -> optuna_study.Space:
+    return optuna_study.split(list(sweeps), named, None)[0]
 
 
 def values(proposal: Proposal) -> dict[str, float]:
@@ -45,7 +45,9 @@ def bowl(proposal: Proposal) -> float:
 
 
 def test_sweeps_are_read_as_on_the_command_line(tmp_path: Path) -> None:
-    found, fixed = study.split(SWEEPS, {"optimizer.weight_decay": "interval(0,0.2)", "optimizer.lr": "1,2"}, None)
+    found, fixed = optuna_study.split(
+        SWEEPS, {"optimizer.weight_decay": "interval(0,0.2)", "optimizer.lr": "1,2"}, None
+    )
     assert fixed == ["seed=3"]
     assert list(found) == ["optimizer.lr", "model.hidden", "model.layers", "optimizer.weight_decay"]
     search = Study(tmp_path / "g", found, settings())
@@ -65,7 +67,7 @@ def test_sweeps_are_read_as_on_the_command_line(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_searched_is_said(sweeps: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")):
-        study.split(sweeps, {}, None)
+        optuna_study.split(sweeps, {}, None)
 
 
 def test_choices_that_change_within_a_study_are_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_a_search_finds_the_bottom_of_a_bowl_and_continues_where_it_was_stopped(
     lr = space("optimizer.lr=tag(log,interval(1e-5,1e-1))")
     for trials in (12, 30):  # the second start is told to go on to more
         search = Study(tmp_path / "g", lr, settings(trials=trials))
-        while proposals := study.feed(search, 1, lambda proposal: True):
+        while proposals := optuna_study.feed(search, 1, lambda proposal: True):
             search.finish(proposals[0].number, bowl(proposals[0]))
         assert search.counts()["whole"] == trials
     best = search.best()
@@ -92,7 +94,7 @@ def test_a_later_start_does_not_draw_the_first_trials_again(tmp_path: Path) -> N
     lr, drawn = space("optimizer.lr=interval(0,1)"), []
     for trials in (3, 6):
         search = Study(tmp_path / "g", lr, settings(trials=trials, sampler=Sampler.random))
-        while proposals := study.feed(search, 1, lambda proposal: True):
+        while proposals := optuna_study.feed(search, 1, lambda proposal: True):
             search.finish(proposals[0].number, 1.0)
             drawn.append(proposals[0].overrides)
     assert len(set(drawn)) == 6
@@ -101,14 +103,16 @@ def test_a_later_start_does_not_draw_the_first_trials_again(tmp_path: Path) -> N
 def test_a_trial_whose_driver_was_killed_is_offered_again_unless_somebody_is_at_it(tmp_path: Path) -> None:
     lr = space("optimizer.lr=interval(0,1)")
     killed = Study(tmp_path / "g", lr, settings(trials=3))
-    first, second = study.feed(killed, 2, lambda proposal: True)
+    first, second = optuna_study.feed(killed, 2, lambda proposal: True)
 
     later = Study(tmp_path / "g", lr, settings(trials=3))
-    assert study.feed(later, 2, lambda proposal: proposal != first)[0] == second
+    assert optuna_study.feed(later, 2, lambda proposal: proposal != first)[0] == second
     assert later.left() == 0  # it took the second again and asked for one new trial
     later.finish(second.number, 0.5)
     assert later.counts() == {"whole": 1, "pruned": 0, "failed": 0, "unfinished": 2}
-    assert study.feed(Study(tmp_path / "g", lr, settings(trials=3)), 9, lambda proposal: proposal == first) == [first]
+    assert optuna_study.feed(Study(tmp_path / "g", lr, settings(trials=3)), 9, lambda proposal: proposal == first) == [
+        first
+    ]
 
 
 def test_hopeless_trials_are_given_up_by_what_others_had_at_the_same_step(tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_hopeless_trials_are_given_up_by_what_others_had_at_the_same_step(tmp_pa
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(UserError, match=r"pip install 'gpt-runner\[optuna\]'"):
-        study.optuna()
+        optuna_study.optuna()
 
 
 SEARCH = ["hparams=optuna", "grid.name=g", "optuna.prune_from=2", "optuna.reduction_factor=2", "trainer.eval_every=2"]

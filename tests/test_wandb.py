@@ -13,15 +13,15 @@ import pytest
 from conftest import ROOT, composed, configured, wandb_records
 from omegaconf import OmegaConf
 
-from gpt import wandb_run
-from gpt.data.corpus import Part, Prepared
-from gpt.engine import StepResult
-from gpt.meter import Meter, validation
-from gpt.runs import Job
-from gpt.wandb_sink import WandbSink
+from gpt.data.corpus import DatasetInfo, DatasetPart
+from gpt.runs import wandb_run
+from gpt.runs.run_dir import Job
+from gpt.train.loggers.wandb import WandbSink
+from gpt.train.metrics import Meter, validation
+from gpt.train.trainer import StepResult
 from scripts import make_dashboard
 
-DATA = Prepared([Part("x", 1.0)], "f", None, None, None, 100, bytes_per_token=3.0)
+DATA = DatasetInfo([DatasetPart("x", 1.0)], "f", None, None, None, 100, bytes_per_token=3.0)
 
 
 def job(tmp_path: Path, *overrides: str) -> Job:
@@ -172,19 +172,20 @@ def test_a_layout_is_called_as_its_preset(preset: str) -> None:
 def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpt.grid import composing, launching
-    from gpt.grid.cells import Cell
+    from gpt.runs.grid import Cell
+    from launchers import remote
+    from launchers.sweep import compose, launch
 
     seeds = [f"seed={n}" for n in (1, 2)]
     cells = [Cell([seed], configured([seed]), tmp_path / seed, ["optimizer.lr=0.001", seed]) for seed in seeds]
     cells[1].config.logger.wandb.name = "mine"
-    monkeypatch.setattr(composing, "compose", lambda *_: cells)
-    monkeypatch.setattr(launching.away, "prepared", lambda *_: {})
+    monkeypatch.setattr(compose, "compose", lambda *_: cells)
+    monkeypatch.setattr(remote, "prepared", lambda *_: {})
 
     def run(cells: list[Cell], *_: Any, **__: Any) -> None:
         raise KeyboardInterrupt  # nothing is to be started here
 
-    monkeypatch.setattr("gpt.grid.running.run", run)
+    monkeypatch.setattr("launchers.sweep.local_runner.run", run)
     master = OmegaConf.create(
         {
             "task": "pretrain",
@@ -193,7 +194,7 @@ def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
         }
     )
     with pytest.raises(KeyboardInterrupt):
-        launching.launch(None, master, [[seed] for seed in seeds])
+        launch.launch(None, master, [[seed] for seed in seeds])
     there = [cell.config.logger.wandb for cell in cells]
     assert [each.group for each in there] == ["study", "study"]
     assert [each.name for each in there] == ["lr=0.001 seed=1", "mine"]
@@ -202,7 +203,9 @@ def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
 
 def test_a_job_names_the_manifests_of_its_data(tmp_path: Path) -> None:
     (tmp_path / "a_manifest.json").write_text("{}")
-    data = Prepared([Part(f"{tmp_path}/a", 1.0), Part(f"{tmp_path}/b", 1.0)], "f", None, None, None, 100)
+    data = DatasetInfo(
+        [DatasetPart(f"{tmp_path}/a", 1.0), DatasetPart(f"{tmp_path}/b", 1.0)], "f", None, None, None, 100
+    )
     Job(configured([]), data, tmp_path, ["python"]).write()
     digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # printf {} | sha256sum
     assert json.loads((tmp_path / "job.json").read_text())["manifests"] == {f"{tmp_path}/a_manifest.json": digest}
@@ -237,9 +240,9 @@ def test_online_only_what_the_server_lacks_is_sent(
 KILLED = """
 import os, signal
 from pathlib import Path
-from gpt.log import Jsonl
-from gpt.runs import Job
-from gpt.wandb_sink import WandbSink
+from gpt.train.loggers.base import Jsonl
+from gpt.runs.run_dir import Job
+from gpt.train.loggers.wandb import WandbSink
 job = Job.read(Path({run_dir!r}))
 sink, jsonl = WandbSink(job), Jsonl(job.run_dir / "metrics.jsonl")
 for step in range({first}, {last} + 1):
@@ -308,7 +311,7 @@ def test_offline_runs_are_offered_to_be_sent_until_they_are(tmp_path: Path, monk
 
 def logged_keys(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """All that a step and an evaluation record, where a peak is known and there is a loss scale."""
-    monkeypatch.setattr("gpt.meter.peak_here", lambda *_: 1e12)
+    monkeypatch.setattr("gpt.train.metrics.peak_here", lambda *_: 1e12)
     meter = Meter(configured([]))
     meter.start()
     return set(meter.record(1, StepResult(1.0, 1.0, 1e-3, 1024.0)) | validation(2.0, DATA)) - {"step"}

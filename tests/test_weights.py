@@ -28,10 +28,10 @@ from foreign import (
 )
 from safetensors.numpy import load_file
 
-from gpt import checkpoint
-from gpt.config import Config
+from gpt.config.schema import Config
 from gpt.data import tokenizer
-from gpt.weights import archives, exporting, huggingface, importing
+from gpt.runs.checkpoint import checkpoint
+from gpt.runs.convert import export_weights, huggingface, import_weights, tensor_files
 
 TOKENS = np.random.default_rng(1).integers(0, 300, [2, 33])
 FLEETX = ["model=tiny", "model.vocab=512", "model.hidden=32", "model.heads=4", "model.layers=4", "model.positions=16"]
@@ -50,8 +50,8 @@ def command(source: Path, output: Path, *more: str) -> Config:
 
 def imported(source: Path, output: Path, *more: str) -> Path:
     config = command(source, output, *more)
-    assert importing.check(config) == []
-    importing.run(config, lambda line: None)
+    assert import_weights.check(config) == []
+    import_weights.run(config, lambda line: None)
     return output
 
 
@@ -105,7 +105,7 @@ def test_half_precision_files_are_widened_exactly(tmp_path: Path, dtype: str) ->
     torch.save({"a": value.t()}, tmp_path / "a.bin")
     paddle.save({"a": paddle.to_tensor(value.float().numpy()).astype(dtype)}, str(tmp_path / "a.pdparams"))
     for name, turned in (("a.safetensors", False), ("a.bin", True), ("a.pdparams", False)):
-        there = archives.open_file(tmp_path / name)["a"].read()
+        there = tensor_files.open_file(tmp_path / name)["a"].read()
         assert there.dtype == np.float32
         np.testing.assert_array_equal(there.T if turned else there, value.float().numpy())
 
@@ -116,7 +116,7 @@ def test_pickles_of_older_numpy_and_python_are_read(tmp_path: Path) -> None:
     assert b"numpy.core.multiarray" in old
     assert b"_codecs" in old
     (tmp_path / "a.pdparams").write_bytes(old)
-    there = archives.open_file(tmp_path / "a.pdparams")
+    there = tensor_files.open_file(tmp_path / "a.pdparams")
     assert all(np.array_equal(there[name].read(), arrays[name]) for name in arrays)
 
 
@@ -125,7 +125,7 @@ def test_export_of_an_import_is_bit_equal_and_transformers_loads_it(tmp_path: Pa
 
     theirs = gpt2(tmp_path / "hf")
     found = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "out"))
-    exporting.to_huggingface(found, shape_of(found), tmp_path / "back")
+    export_weights.to_huggingface(found, shape_of(found), tmp_path / "back")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
     assert set(before) == set(after)
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -140,7 +140,7 @@ def test_import_of_an_export_is_bit_equal_and_keeps_shape_and_tokenizer(tmp_path
     gpt2(tmp_path / "hf")
     (tmp_path / "hf/tokenizer.json").write_text((tmp_path / "tokenizer.json").read_text())
     first = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "one"))
-    exporting.to_huggingface(first, shape_of(first), tmp_path / "exported")
+    export_weights.to_huggingface(first, shape_of(first), tmp_path / "exported")
     second = checkpoint.Checkpoint(imported(tmp_path / "exported", tmp_path / "two"))
     assert all(np.array_equal(first.model()[name], second.model()[name]) for name in first.model())
     shapes = [{**c.state["config"]["model"], "name": ""} for c in (first, second)]
@@ -177,7 +177,7 @@ def test_the_predecessors_separate_projections_are_fused_by_head(tmp_path: Path)
     split = {}
     for name, array in fleetx_names(ours).items():
         if "qkv_proj" in name:
-            by_kind = huggingface.by_kind(array, config.model.heads)
+            by_kind = huggingface.deinterleave_qkv(array, config.model.heads)
             split |= {name.replace("qkv", c): part for c, part in zip("qkv", np.split(by_kind, 3, -1), strict=True)}
         else:
             split[name] = array
@@ -198,7 +198,7 @@ def test_rows_that_only_pad_for_more_ranks_are_left_out(tmp_path: Path) -> None:
 def test_a_checkpoint_says_where_it_comes_from_and_is_sound(tmp_path: Path) -> None:
     gpt2(tmp_path / "hf")
     out = imported(tmp_path / "hf", tmp_path / "out")
-    assert checkpoint.damage(out) is None
+    assert checkpoint.verify(out) is None
     state = json.loads((out / "state.json").read_text())
     assert (state["step"], state["imported"]["format"]) == (0, "huggingface")
     assert state["config"]["model"]["name"] == "hf"

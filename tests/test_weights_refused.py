@@ -16,11 +16,11 @@ from conftest import Ran, configured
 from foreign import fleetx_names, gpt2, random_parameters, save_fleetx
 from test_weights import FLEETX, command, imported
 
-from gpt import trained
-from gpt.config import UserError
-from gpt.data import tokenizer, vocabularies
-from gpt.data.corpus import Prepared
-from gpt.weights import archives, exporting, importing
+from gpt.data import tokenizer, tokenizer_files
+from gpt.data.corpus import DatasetInfo
+from gpt.runs import source as runs_source
+from gpt.runs.convert import export_weights, import_weights, tensor_files
+from gpt.utils.errors import UserError
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def hf(tmp_path: Path) -> Path:
 
 def refused(source: Path, tmp_path: Path, *more: str) -> str:
     """The problems of the command, which leaves nothing behind."""
-    problems = importing.check(command(source, tmp_path / "out", *more))
+    problems = import_weights.check(command(source, tmp_path / "out", *more))
     assert problems
     assert not (tmp_path / "out").exists()
     return "\n".join(problems)
@@ -59,7 +59,7 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_pat
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("archive/data.pkl", payload)
     with pytest.raises(UserError, match=r"refused, nothing of it was run: this pickle asks for .*(system|join)"):
-        archives.open_file(file)
+        tensor_files.open_file(file)
     assert not marker.exists()
 
 
@@ -75,7 +75,7 @@ def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path: Path) -> 
         for entry, value in content.items():
             archive.writestr(entry, value)
     with pytest.raises(ValueError, match="beyond its 6 numbers"):
-        archives.open_file(tmp_path / "x.bin")["a"].read()
+        tensor_files.open_file(tmp_path / "x.bin")["a"].read()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "hf/pytorch_model.bin")
     config = command(tmp_path / "hf/pytorch_model.bin", tmp_path / "out")
     with pytest.raises(UserError, match=r"layers\.0\.fc1\.bias has values that are not finite"):
-        importing.run(config, print)
+        import_weights.run(config, print)
     assert not (tmp_path / "out").exists()
 
 
@@ -164,11 +164,11 @@ def test_a_tokenizer_with_more_tokens_than_the_weights(hf: Path, tmp_path: Path)
 def test_what_is_there_is_never_overwritten(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for problems in (
-        importing.check(command(hf, tmp_path / "there")),
-        exporting.check(configured(["task=export", f"export.output={tmp_path / 'there'}"])),
+        import_weights.check(command(hf, tmp_path / "there")),
+        export_weights.check(configured(["task=export", f"export.output={tmp_path / 'there'}"])),
     ):
         assert ["there is something already; it is never overwritten" in p for p in problems] == [True]
-    assert exporting.check(configured(["task=export", "parallel=mp2", "data=text", "data.path=x"])) == [
+    assert export_weights.check(configured(["task=export", "parallel=mp2", "data=text", "data.path=x"])) == [
         "export.output has no value: give the folder to make with export.output=...",
         "task=export is done by one rank, not 2: leave out parallel=...",
     ]
@@ -176,25 +176,25 @@ def test_what_is_there_is_never_overwritten(hf: Path, tmp_path: Path) -> None:
 
 def test_a_run_starts_only_with_weights_of_its_model_and_tokens_of_its_data(hf: Path, tmp_path: Path) -> None:
     imported(hf, tmp_path / "out")
-    (problem,) = trained.start_problems(configured([f"checkpoint={tmp_path / 'out'}"]))
+    (problem,) = runs_source.start_problems(configured([f"checkpoint={tmp_path / 'out'}"]))
     assert "model.heads is 5 there and 4 here" in problem
     remedy = problem.split(": add ")[1].split()
-    assert trained.start_problems(configured([f"checkpoint={tmp_path / 'out'}", *remedy, "data.vocab=300"])) == []
-    assert "no such folder" in trained.start_problems(configured(["checkpoint=nowhere"]))[0]
+    assert runs_source.start_problems(configured([f"checkpoint={tmp_path / 'out'}", *remedy, "data.vocab=300"])) == []
+    assert "no such folder" in runs_source.start_problems(configured(["checkpoint=nowhere"]))[0]
 
     files = [tmp_path / f"{name}.json" for name in "abc"]
     for file, text in zip(files, ("one text " * 9, "one text " * 9, "another text " * 9), strict=True):
         tokenizer.train([text], 270, file)
     files[1].write_text(json.dumps(json.loads(files[1].read_text()), indent=3))  # the same, written otherwise
-    assert vocabularies.same(files[0], files[1])
-    assert not vocabularies.same(files[0], files[2])
+    assert tokenizer_files.same(files[0], files[1])
+    assert not tokenizer_files.same(files[0], files[2])
     tokens = imported(hf, tmp_path / "with", f"import_weights.tokenizer={files[0]}")
     config = configured([f"checkpoint={tokens}"])
-    data = Prepared([], "", 0, str(files[1]), None, 0)
-    assert trained.same_tokenizer(config, data) is None
+    data = DatasetInfo([], "", 0, str(files[1]), None, 0)
+    assert runs_source.same_tokenizer(config, data) is None
     with pytest.raises(UserError, match=r"are of another tokenizer: prepare the text with it"):
-        trained.same_tokenizer(config, Prepared([], "", 0, str(files[2]), None, 0))
-    assert "the data has no tokenizer" in str(trained.same_tokenizer(config, Prepared([], "", 0, None, None, 0)))
+        runs_source.same_tokenizer(config, DatasetInfo([], "", 0, str(files[2]), None, 0))
+    assert "the data has no tokenizer" in str(runs_source.same_tokenizer(config, DatasetInfo([], "", 0, None, None, 0)))
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_nothing(hf: Path, tmp_path: Path, monkeypatch: pytes
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gpt.slices._write_all", full)
+    monkeypatch.setattr("gpt.runs.checkpoint.shard_files._write_all", full)
     with pytest.raises(OSError, match="No space left"):
-        importing.run(command(hf, tmp_path / "out"), lambda line: None)
+        import_weights.run(command(hf, tmp_path / "out"), lambda line: None)
     assert sorted(os.listdir(tmp_path)) == ["hf"]

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt.config import Config, Data, DataKind, UserError
-from gpt.data import tokenizer, tokens
-from gpt.files import Lock, atomic_directory, remove_leftovers, write_atomic
+from gpt.config.schema import Config, Data, DataKind
+from gpt.data import token_files, tokenizer
+from gpt.utils.errors import UserError
+from gpt.utils.files import Lock, atomic_directory, remove_leftovers, write_atomic
 
 CORPUS_VERSION = 2
 REMEMBER_FROM_TOKENS = 1 << 30
@@ -29,7 +30,7 @@ TRAIN_TOKENIZER_BYTES = 32 << 20  # a vocabulary learns nothing new from more
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetPart:
     """One token set and its share of the samples."""
 
     path: str
@@ -37,14 +38,14 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class DatasetInfo:
     """Token files ready to be mapped; small enough to travel in ``job.json`` and in every checkpoint.
 
     ``unigram_entropy`` (nats per token) is the loss of a model that knows only how often each token occurs;
     it and ``bytes_per_token`` are None for sets that came without their text.
     """
 
-    parts: list[Part]
+    parts: list[DatasetPart]
     fingerprint: str
     eot_id: int | None
     tokenizer: str | None
@@ -54,9 +55,9 @@ class Prepared:
     unigram_entropy: float | None = None
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Prepared:
+    def from_plain(cls, plain: dict[str, Any]) -> DatasetInfo:
         """The inverse of ``dataclasses.asdict``."""
-        return cls(**{**plain, "parts": [Part(**part) for part in plain["parts"]]})
+        return cls(**{**plain, "parts": [DatasetPart(**part) for part in plain["parts"]]})
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -70,16 +71,16 @@ class Prepared:
 
 def manifest_path(prefix: str) -> Path:
     """What ``task=prepare`` says of a set that it made."""
-    return Path(f"{tokens.bare(prefix)}_manifest.json")
+    return Path(f"{token_files.bare(prefix)}_manifest.json")
 
 
 def tokenizer_path(prefix: str) -> Path:
     """The tokenizer that it put beside the set: a ``tokenizer.json``, or a SentencePiece model."""
-    model = Path(f"{tokens.bare(prefix)}_tokenizer.model")
+    model = Path(f"{token_files.bare(prefix)}_tokenizer.model")
     return model if model.is_file() else model.with_suffix(".json")
 
 
-def _manifests(parts: list[Part]) -> list[dict[str, Any]]:
+def _manifests(parts: list[DatasetPart]) -> list[dict[str, Any]]:
     """Those of all parts, or none: a set that came without its text says nothing."""
     try:
         return [json.loads(manifest_path(part.path).read_text(encoding="utf-8")) for part in parts]
@@ -122,8 +123,8 @@ def check(config: Config) -> list[str]:
 
 def _largest_id(prefix: str, cache: Path) -> int:
     """``TokenSet.largest_id``, remembered by the file's size and time: a scan of 300 billion tokens takes minutes."""
-    token_set = tokens.load(prefix)
-    stat = tokens.paths_of(prefix)[0].stat()
+    token_set = token_files.load(prefix)
+    stat = token_files.paths_of(prefix)[0].stat()
     key = hashlib.sha256(f"{prefix} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:24]
     note = cache / "largest_id" / key
     if note.exists():
@@ -135,7 +136,7 @@ def _largest_id(prefix: str, cache: Path) -> int:
     return largest
 
 
-def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> Prepared:
+def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> DatasetInfo:
     """Find the token files, or make them. Call ``check`` first.
 
     Args:
@@ -150,9 +151,9 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> P
         folder = _tokenised(data, say)
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         prefix, vocabulary = str(folder / "tokens"), str(folder / "tokenizer.json")
-        return Prepared(
-            parts=[Part(prefix, 1.0)],
-            fingerprint=tokens.load(prefix).fingerprint(),
+        return DatasetInfo(
+            parts=[DatasetPart(prefix, 1.0)],
+            fingerprint=token_files.load(prefix).fingerprint(),
             eot_id=data.eot_id if data.eot_id is not None else manifest["eot_id"],
             tokenizer=vocabulary,
             tokenizer_digest=tokenizer.digest(Path(vocabulary)),
@@ -161,7 +162,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> P
             unigram_entropy=manifest["unigram_entropy"],
         )
     parts = _token_parts(data)
-    sets = [tokens.load(part.path) for part in parts]
+    sets = [token_files.load(part.path) for part in parts]
     whole = hashlib.sha256(" ".join(s.fingerprint() for s in sets).encode())
     notes = _manifests(parts)
     if notes:
@@ -174,7 +175,7 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     chosen = Path(data.tokenizer).resolve() if data.tokenizer else beside
     total = sum(part.weight for part in parts)
     per_token = [n["bytes_per_token"] * part.weight / total for n, part in zip(notes, parts, strict=False)]
-    return Prepared(
+    return DatasetInfo(
         parts=parts,
         fingerprint=whole.hexdigest()[:16],
         eot_id=data.eot_id if data.eot_id is not None else told,
@@ -186,10 +187,10 @@ def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     )
 
 
-def _token_parts(data: Data) -> list[Part]:
+def _token_parts(data: Data) -> list[DatasetPart]:
     if data.kind is DataKind.blend:
-        return [Part(str(Path(p.path).resolve()), p.weight) for p in data.blend]
-    return [Part(str(Path(p).resolve()), 1.0) for p in tokens.prefixes_at(str(data.path))]
+        return [DatasetPart(str(Path(p.path).resolve()), p.weight) for p in data.blend]
+    return [DatasetPart(str(Path(p).resolve()), 1.0) for p in token_files.prefixes_at(str(data.path))]
 
 
 def _text_files(data: Data) -> list[Path]:
@@ -264,14 +265,14 @@ def _tokenise(files: list[Path], vocab: int, folder: Path, say: Callable[[str], 
     counts = np.zeros(encoding.n_vocab, dtype=np.int64)
     lens: list[int] = []
     with open(folder / "tokens_ids.npy", "w+b") as out:
-        tokens.write_header(out, dtype, 0)
+        token_files.write_header(out, dtype, 0)
         for piece, last in pieces(files, size):
             ids = encoding.encode_to_numpy(piece, disallowed_special=())
             ids = np.append(ids, eot) if last else ids
             counts += np.bincount(ids, minlength=len(counts))
             lens.append(len(ids))
             out.write(ids.astype(dtype).tobytes())
-        tokens.write_header(out, dtype, sum(lens))
+        token_files.write_header(out, dtype, sum(lens))
     np.savez(
         folder / "tokens_idx.npz",
         lens=np.array(lens, dtype=np.int32),

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.config import UserError
-from gpt.files import TEMPORARY, Lock, sha256, sync_directory, write_json
+from gpt.utils.errors import UserError
+from gpt.utils.files import TEMPORARY, Lock, sha256, sync_directory, write_json
 
 BLOCK = 1 << 20
 TIMEOUT_SECONDS = 30.0

@@ -9,9 +9,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from gpt.config import Config, Device, DType, world_size
-from gpt.config_plan import DeviceSpec, Peaks
-from gpt.files import cache_dir, conf_dir
+from gpt.config.cluster import Device
+from gpt.config.derived import peak, resolve_device, world_size
+from gpt.config.schema import Config, DType
+from gpt.config.task_schemas import DeviceSpec, Peaks
+from gpt.utils import machine
+from gpt.utils.files import cache_dir, conf_dir
 
 CALIBRATION = ("memory_gib", "fp32_tflops", "bandwidth_gb_s", "link_gb_s")
 
@@ -73,12 +76,6 @@ def of_rank(config: Config) -> DeviceSpec:
     return replace(device, peak_tflops=Peaks(**peaks), memory_gib=memory, bandwidth_gb_s=bandwidth)
 
 
-def peak(device: DeviceSpec, dtype: DType) -> float | None:
-    """FLOP/s of dense matrix products, or None where it is not stated."""
-    tflops = getattr(device.peak_tflops, dtype.value)
-    return tflops * 1e12 if tflops else None
-
-
 def peak_flops(device_name: str, dtype: DType) -> float | None:
     """``peak`` of the device that Paddle calls so; None where none is known: no MFU rather than a wrong one.
 
@@ -99,3 +96,9 @@ def peak_here(config: Config, device_name: str) -> float | None:
     if config.cluster.device is Device.cpu:
         return peak(of_rank(config), config.precision.dtype) if config.device.name == "cpu" else None
     return peak(config.device, config.precision.dtype) if chosen else peak_flops(device_name, config.precision.dtype)
+
+
+def known_device(config: Config) -> DeviceSpec:
+    """What is known of the devices of a job here: ``device=``, else what this host's GPU is called."""
+    known = called(machine.gpu_name()) if resolve_device(config) is Device.gpu and not config.device.name else None
+    return known or config.device

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gpt.config import Config, Parallel, Recompute, UserError, global_batch_size, micro_batch_size, world_size
-from gpt.config_plan import DeviceSpec
-from gpt.plan.cost import Cost, cost, missing
-from gpt.plan.footprint import memory
-from gpt.rules import rule_problems
+from gpt.config.derived import global_batch_size, micro_batch_size, world_size
+from gpt.config.rules import missing_device_keys, rule_problems
+from gpt.config.schema import Config, Parallel, Recompute
+from gpt.config.task_schemas import DeviceSpec
+from gpt.plan.memory import memory
+from gpt.plan.step_time import Cost, cost
+from gpt.utils.errors import UserError
 
 GIB = 2**30
 HARDER = (Recompute.none, Recompute.core_attn, Recompute.full_attn, Recompute.full)  # each keeps less, computes more
@@ -17,7 +19,7 @@ MOST_MICRO = 64  # samples of a micro batch: beyond, products are as large as th
 
 
 @dataclass(frozen=True)
-class Given:
+class LayoutConstraints:
     """What a search may not choose, because the user did; None: may be chosen."""
 
     dp_degree: int | None = None
@@ -35,7 +37,7 @@ class Given:
         return all(getattr(self, key, None) in (None, value) for key, value in vars(parallel).items())
 
 
-FREE = Given()
+FREE = LayoutConstraints()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def limit(config: Config) -> float | None:
     return (gib - config.plan.reserve_gib) * GIB / (world_size(config) if shared else 1) if gib else None
 
 
-def fits(config: Config) -> bool | None:
+def fits_memory(config: Config) -> bool | None:
     """Whether the fullest rank's bytes are within ``limit``; None where that is not known."""
     room = limit(config)
     return memory(config).total <= room if room is not None else None
@@ -86,7 +88,7 @@ def search(config: Config, devices: int, device: DeviceSpec | None = None) -> li
         UserError: the device does not state what times and bytes need.
     """
     config = replace(config, device=device) if device else config
-    lacking = [*missing(config, devices), *([] if config.device.memory_gib else ["device.memory_gib"])]
+    lacking = [*missing_device_keys(config, devices), *([] if config.device.memory_gib else ["device.memory_gib"])]
     if lacking:
         raise UserError.of([f"a search needs {', '.join(lacking)}: choose a device with device=..."])
     return sorted(candidates(config, devices), key=rank)
@@ -97,7 +99,7 @@ def rank(candidate: Candidate) -> tuple[float, int, int]:
     return candidate.seconds, -micro_batch_size(candidate.config), candidate.bytes
 
 
-def candidates(config: Config, devices: int, given: Given = FREE) -> Iterator[Candidate]:
+def candidates(config: Config, devices: int, given: LayoutConstraints = FREE) -> Iterator[Candidate]:
     """The same in no order, and also without times; ``device.memory_gib`` must be stated."""
     config = replace(config, trainer=replace(config.trainer, global_batch_size=global_batch_size(config)))
     for layout in _layouts(config, devices, given):
@@ -108,7 +110,7 @@ def _divisors(of: int) -> list[int]:
     return [d for d in range(1, of + 1) if of % d == 0]
 
 
-def _layouts(config: Config, devices: int, given: Given) -> Iterator[Config]:
+def _layouts(config: Config, devices: int, given: LayoutConstraints) -> Iterator[Config]:
     """Every product of degrees, with every sharding stage and number of virtual stages."""
     m, batch, length = config.model, global_batch_size(config), config.data.seq_len
     for mp in _divisors(devices):
@@ -127,7 +129,7 @@ def _layouts(config: Config, devices: int, given: Given) -> Iterator[Config]:
                             yield replace(config, parallel=degrees)
 
 
-def _fitting(layout: Config, given: Given) -> Iterator[Candidate]:
+def _fitting(layout: Config, given: LayoutConstraints) -> Iterator[Candidate]:
     """The micro batches that fit, each with the least recomputation that makes it fit."""
     p, batch = layout.parallel, global_batch_size(layout)
     room = limit(layout)

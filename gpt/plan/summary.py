@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from gpt.config import Config, accumulate_steps, global_batch_size, micro_batch_size, world_size
-from gpt.plan.cost import cost, pipeline_bubble
-from gpt.plan.counts import first_loss, flops_per_token, parameters
-from gpt.plan.footprint import memory
+from gpt.config.derived import accumulate_steps, global_batch_size, micro_batch_size, world_size
+from gpt.config.schema import Config
+from gpt.plan.flops import first_loss, flops_per_token, parameters
+from gpt.plan.memory import memory
+from gpt.plan.step_time import cost, pipeline_bubble
 
 
 def summary(config: Config) -> list[tuple[str, str]]:

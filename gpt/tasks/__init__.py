@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gpt.config import Task
-from gpt.guard import Signals
-from gpt.runs import Job
+from gpt.config.schema import Task
+from gpt.runs.run_dir import Job
+from gpt.utils.signals import Signals
 
 
 def run(job: Job, signals: Signals) -> int:

@@ -11,37 +11,39 @@ from typing import Any
 
 import numpy as np
 
-from gpt import checkpoint, evaluation, log, measure
-from gpt.config import UserError
-from gpt.config_evaluate import EvaluateKind
-from gpt.config_text import Split
-from gpt.data import passages, tokens, windows
+from gpt.config.task_schemas import EvaluateKind, Split
+from gpt.data import eval_dataset, token_files
+from gpt.data.eval_dataset import Continuations, EvalRows, Windows
 from gpt.data.tokenizer import Encoder
-from gpt.data.tokens import Array
-from gpt.data.windows import Endings, Rows, Windows
-from gpt.engine import Engine
-from gpt.guard import Signals
-from gpt.log import say
-from gpt.measure import Sums
-from gpt.runs import Job
-from gpt.topology import Topology
+from gpt.parallel.topology import Topology
+from gpt.runs import evaluation
+from gpt.runs.checkpoint import checkpoint
+from gpt.runs.run_dir import Job
+from gpt.train import evaluator
+from gpt.train.evaluator import EvalTotals
+from gpt.train.loggers import build
+from gpt.train.trainer import Trainer
+from gpt.utils.arrays import Array
+from gpt.utils.console import say
+from gpt.utils.errors import UserError
+from gpt.utils.signals import Signals
 
-Sum = Callable[[Rows], Sums]
+Sum = Callable[[EvalRows], EvalTotals]
 
 
 def run(job: Job, signals: Signals) -> int:
     """Write a record into ``evaluation.json``; returns the exit code. The driver shows it."""
     config, kind = job.config, job.config.evaluate.kind
-    topology = Topology.connect(config)
-    found = checkpoint.require(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
-    engine = Engine(config, topology, train=False)
+    topology = Topology.initialize(config)
+    found = checkpoint.load_or_fail(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
+    engine = Trainer(config, topology, train=False)
     engine.load(found.model(), None, {})
 
     def stop() -> bool:  # a signal to any rank is one to all
-        return topology.totals(float(signals.received is not None))[0] > 0
+        return topology.all_reduce_sum(float(signals.received is not None))[0] > 0
 
-    def sums(rows: Rows) -> Sums:
-        return measure.sums(engine, rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
+    def sums(rows: EvalRows) -> EvalTotals:
+        return evaluator.sums(engine, rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
 
     began = time.perf_counter()
     own = job.data.fingerprint == found.state["data_fingerprint"]
@@ -52,7 +54,7 @@ def run(job: Job, signals: Signals) -> int:
             figures = _text(job, sums, found.encoder())
         else:
             figures = _cloze(job, sums, found.encoder())
-    except measure.Interrupted:
+    except evaluator.Interrupted:
         say("stopped; nothing was written")
         return 128 + (signals.received or Signal.SIGTERM)
     figures["seconds"] = time.perf_counter() - began
@@ -61,7 +63,7 @@ def run(job: Job, signals: Signals) -> int:
         key = evaluation.name(config.evaluate, None if own else " and ".join(Path(p.path).name for p in job.data.parts))
         step = found.state["step"]
         evaluation.write(job.run_dir, key, {"checkpoint": str(found.path), "step": step, **figures})
-        log.summarise(job, step, key, figures)
+        build.summarise(job, step, key, figures)
     return 0
 
 
@@ -75,7 +77,7 @@ def _split(job: Job, sums: Sum) -> dict[str, Any]:
     number = list(Split).index(job.config.evaluate.split)
     eot = job.data.eot_id if data.mask_eot else None
     sets = [
-        windows.of_split(tokens.load(part.path), data.split, number, data.seq_len, _stride(job), eot)
+        eval_dataset.of_split(token_files.load(part.path), data.split, number, data.seq_len, _stride(job), eot)
         for part in job.data.parts
     ]
     each = [sums(rows) for rows in sets]
@@ -90,10 +92,10 @@ def _split(job: Job, sums: Sum) -> dict[str, Any]:
 def _text(job: Job, sums: Sum, encoder: Encoder) -> dict[str, Any]:
     """Of raw text, whose documents are joined by end-of-text as in training."""
     evaluate = job.config.evaluate
-    texts = passages.read(evaluate)
+    texts = eval_dataset.read(evaluate)
     pieces: list[Array] = []
     for text in texts:
-        pieces.append(encoder.encode(passages.detokenize(text, evaluate.detokenizer)).astype(np.int64))
+        pieces.append(encoder.encode(eval_dataset.detokenize(text, evaluate.detokenizer)).astype(np.int64))
         if len(texts) > 1 and encoder.eot is not None:
             pieces.append(np.array([encoder.eot]))
     ids = np.concatenate(pieces)
@@ -116,12 +118,12 @@ def _text(job: Job, sums: Sum, encoder: Encoder) -> dict[str, Any]:
 def _cloze(job: Job, sums: Sum, encoder: Encoder) -> dict[str, Any]:
     """How often each token of the last word is the most probable one, given all before it."""
     evaluate, length = job.config.evaluate, job.config.data.seq_len
-    pairs = [passages.last_word(text) for text in passages.read(evaluate)]
+    pairs = [eval_dataset.last_word(text) for text in eval_dataset.read(evaluate)]
     contexts, words = ([encoder.encode(pair[part]).astype(np.int64) for pair in pairs] for part in (0, 1))
     longest = max(len(word) for word in words)
     if longest > length:
         raise UserError(f"evaluate.path={evaluate.path}: a last word has {longest} tokens, the model reads {length}")
-    rows = Endings(contexts, words, length)
+    rows = Continuations(contexts, words, length)
     total = sums(rows)
     return {
         "passages": int(total.rows),
@@ -134,7 +136,7 @@ def _cloze(job: Job, sums: Sum, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _of_windows(job: Job, total: Sums) -> dict[str, Any]:
+def _of_windows(job: Job, total: EvalTotals) -> dict[str, Any]:
     return {
         "windows": int(total.rows),
         "seq_len": job.config.data.seq_len,

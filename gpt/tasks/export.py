@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt import checkpoint
-from gpt.config import global_batch_size, one_rank
-from gpt.config_text import Split
-from gpt.config_weights import Target
-from gpt.data import tokens
-from gpt.data.samples import Samples
-from gpt.engine import Engine
-from gpt.log import say
-from gpt.runs import Job
-from gpt.topology import Topology
-from gpt.weights import exporting, static
-from gpt.weights.eight_bits import Rounded
+from gpt.config.derived import global_batch_size, one_rank
+from gpt.config.task_schemas import Split, Target
+from gpt.data import token_files
+from gpt.data.dataset import TokenDataset
+from gpt.parallel.topology import Topology
+from gpt.runs.checkpoint import checkpoint
+from gpt.runs.convert import export_weights, paddle_inference
+from gpt.runs.convert.paddle_inference import Rounded
+from gpt.runs.run_dir import Job
+from gpt.train.trainer import Trainer
+from gpt.utils.console import say
 
 
 def run(job: Job) -> int:
     """Write ``export.output``; returns the exit code."""
     asked, config = job.config.export, one_rank(job.config)
-    found = checkpoint.require(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"))
-    topology, output = Topology.connect(config), Path(str(asked.output))
+    found = checkpoint.load_or_fail(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"))
+    topology, output = Topology.initialize(config), Path(str(asked.output))
     if asked.format is Target.huggingface:
-        names = exporting.to_huggingface(found, config.model, output)
+        names = export_weights.to_huggingface(found, config.model, output)
     else:
-        names = static.export(found, config.model, output, small=asked.format is Target.int8)
+        names = paddle_inference.export(found, config.model, output, small=asked.format is Target.int8)
     size = sum((output / name).stat().st_size for name in names)
     say(f"exported step {found.state['step']:,} to {output}: {', '.join(names)} ({size / 1e6:,.1f} MB)")
     if found.tokenizer is None:
@@ -38,13 +37,13 @@ def run(job: Job) -> int:
 
 def _cost(job: Job, found: checkpoint.Checkpoint, topology: Topology) -> str:
     """What eight bits do to the loss on the validation split, or on the first ``evaluate.max_samples`` of it."""
-    files = [tokens.paths_of(part.path)[0] for part in job.data.parts]
+    files = [token_files.paths_of(part.path)[0] for part in job.data.parts]
     if not files or not all(file.exists() for file in files):
         return "what eight bits cost is not measured: the data of this checkpoint is not here"
-    samples = Samples(job.config, job.data, Split.val, shuffled=False)
+    samples = TokenDataset(job.config, job.data, Split.val, shuffled=False)
     wanted = min(job.config.evaluate.max_samples or len(samples), len(samples))
     batches = -(-wanted // global_batch_size(job.config))
-    engine, losses = Engine(job.config, topology, train=False), []
+    engine, losses = Trainer(job.config, topology, train=False), []
     stored = found.model()
     for source in (stored, Rounded(stored.folder, stored.index)):
         engine.load(source, None, {})

@@ -11,25 +11,27 @@ from typing import Any
 
 import paddle.distributed as dist
 
-from gpt import heartbeat, stages, talk
+from gpt.config.sampling import Sampling
 from gpt.data import tokenizer
-from gpt.engine import Engine
-from gpt.guard import Signals
-from gpt.log import say
-from gpt.runs import Job
-from gpt.text import prompts as texts
-from gpt.text.request import Completion, Piece, Sampling
-from gpt.text.writer import ModelWriter
-from gpt.topology import Topology
+from gpt.inference import prompts as inference_prompts
+from gpt.inference.generator import Generator
+from gpt.inference.types import Completion, TextDelta
+from gpt.parallel import pipeline_comm
+from gpt.parallel.topology import Topology
+from gpt.runs.run_dir import Job
+from gpt.train.trainer import Trainer
+from gpt.utils import heartbeat, terminal
+from gpt.utils.console import say
+from gpt.utils.signals import Signals
 
 IDLE_SECONDS = 5.0  # after which ranks that wait for a prompt hear that there is none yet
 
 
 def run(job: Job, signals: Signals) -> int:
     """Continue the prompts that the job names, or those that are typed; returns the exit code."""
-    topology = Topology.connect(job.config)
-    writer = ModelWriter.of(job, topology)
-    line = talk.Worker.from_environment() if topology.rank == 0 else None
+    topology = Topology.initialize(job.config)
+    writer = Generator.of(job, topology)
+    line = terminal.TerminalClient.from_environment() if topology.rank == 0 else None
     if job.config.generate.interactive:
         _converse(job, writer, topology, line, signals)
     else:
@@ -37,10 +39,12 @@ def run(job: Job, signals: Signals) -> int:
     return 128 + signals.received if signals.received else 0
 
 
-def _write(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker | None, signals: Signals) -> None:
+def _write(
+    job: Job, writer: Generator, topology: Topology, line: terminal.TerminalClient | None, signals: Signals
+) -> None:
     """Continue all prompts, some side by side, the replicas sharing them out."""
     settings = job.config.generate
-    prompts, sampling = texts.read(settings), Sampling.of(settings, job.config.seed)
+    prompts, sampling = inference_prompts.read(settings), Sampling.of(settings, job.config.seed)
     live = line if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
     if live:
         live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
@@ -56,12 +60,12 @@ def _write(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker 
 
 
 def in_batches(
-    writer: ModelWriter,
+    writer: Generator,
     topology: Topology,
     prompts: list[str],
     sampling: Sampling,
     size: int,
-    on_piece: Callable[[Piece], None],
+    on_piece: Callable[[TextDelta], None],
     keep_going: Callable[[], bool],
 ) -> Iterator[list[list[Completion]]]:
     """Texts for ``size`` prompts per replica at a time, on all ranks, as long as ``keep_going`` says so."""
@@ -131,7 +135,9 @@ def record(file: Path, rows: list[dict[str, Any]]) -> None:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _converse(job: Job, writer: ModelWriter, topology: Topology, line: talk.Worker | None, signals: Signals) -> None:
+def _converse(
+    job: Job, writer: Generator, topology: Topology, line: terminal.TerminalClient | None, signals: Signals
+) -> None:
     """Continue every line that is typed, until the input ends."""
     sampling, number = Sampling.of(job.config.generate, job.config.seed), 0
     if line:
@@ -157,11 +163,11 @@ def _converse(job: Job, writer: ModelWriter, topology: Topology, line: talk.Work
 class _Shown:
     """Shows pieces of the first text; of several texts they would be mixed up."""
 
-    def __init__(self, line: talk.Worker | None) -> None:
+    def __init__(self, line: terminal.TerminalClient | None) -> None:
         self._line = line
         self.shown = False
 
-    def __call__(self, piece: Piece) -> None:
+    def __call__(self, piece: TextDelta) -> None:
         heartbeat.beat(piece.tokens, "generate")
         if self._line and piece.sequence == 0:
             self.shown = True
@@ -170,10 +176,10 @@ class _Shown:
 
 def _stopped(topology: Topology, signals: Signals) -> bool:
     """Whether a signal has come to the first rank: ranks that work together stop together."""
-    return bool(stages.from_first(topology, bool(signals.received)))
+    return bool(pipeline_comm.broadcast_object(topology, bool(signals.received)))
 
 
-def _next_prompt(topology: Topology, line: talk.Worker | None, signals: Signals) -> str | None:
+def _next_prompt(topology: Topology, line: terminal.TerminalClient | None, signals: Signals) -> str | None:
     """What is typed next, on all ranks; None at the end."""
     if line:
         line.ask("> ")
@@ -182,7 +188,7 @@ def _next_prompt(topology: Topology, line: talk.Worker | None, signals: Signals)
         heard: dict[str, Any] | None = None
         if line:
             heard = {"line": None} if signals.received else line.answer(IDLE_SECONDS if topology.hcg else 0.5)
-        heard = stages.from_first(topology, heard)
+        heard = pipeline_comm.broadcast_object(topology, heard)
         if heard is not None:
             found: str | None = heard["line"]
             if line and found is None:
@@ -193,13 +199,13 @@ def _next_prompt(topology: Topology, line: talk.Worker | None, signals: Signals)
                 line.ask("> ")
 
 
-def sample_text(job: Job, engine: Engine, step: int) -> bool:
+def sample_text(job: Job, engine: Trainer, step: int) -> bool:
     """The sample that closes a training run; whether there is one."""
     if job.data.tokenizer is None:
         say("no sample: the data has no tokenizer (data.tokenizer=.../tokenizer.json)")
         return False
     settings = job.config.generate
-    writer = ModelWriter(engine.model, tokenizer.open_encoder(Path(job.data.tokenizer)), step)
+    writer = Generator(engine.model, tokenizer.open_encoder(Path(job.data.tokenizer)), step)
     prompt = writer.encode(settings.prompt)
     if not 0 < len(prompt) <= writer.positions:
         say(f"no sample: the prompt has {len(prompt):,} tokens, the model {writer.positions:,} positions")

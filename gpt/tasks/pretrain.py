@@ -7,20 +7,24 @@ from pathlib import Path
 from signal import Signals as Signal
 from typing import Any
 
-from gpt import checkpoint, guard, heartbeat, log, saving
-from gpt.config import UserError, global_batch_size, one_rank, plain, world_size
-from gpt.config_text import Split
-from gpt.data.samples import Samples
-from gpt.engine import Engine
-from gpt.files import write_json
-from gpt.guard import GuardError, Signals
-from gpt.log import say
-from gpt.meter import Meter, peak_memory, validation
-from gpt.provenance import versions
-from gpt.runs import Job, truncate_metrics
-from gpt.shapes import parameter_shapes
+from gpt.config.derived import global_batch_size, one_rank, plain, world_size
+from gpt.config.parameters import parameter_shapes
+from gpt.config.task_schemas import Split
+from gpt.data.dataset import TokenDataset
+from gpt.parallel.topology import Topology
+from gpt.runs.checkpoint import checkpoint, saver
+from gpt.runs.run_dir import Job, truncate_metrics
 from gpt.tasks.generate import sample_text
-from gpt.topology import Topology
+from gpt.train.loggers import base, build
+from gpt.train.metrics import Meter, peak_memory, validation
+from gpt.train.trainer import Trainer
+from gpt.utils import heartbeat
+from gpt.utils import signals as utils_signals
+from gpt.utils.console import say
+from gpt.utils.errors import UserError
+from gpt.utils.files import write_json
+from gpt.utils.machine import versions
+from gpt.utils.signals import GuardError, Signals
 
 ALONE_BYTES = 4 << 30  # of float32 weights that one rank may read whole for the closing sample
 
@@ -28,7 +32,7 @@ ALONE_BYTES = 4 << 30  # of float32 weights that one rank may read whole for the
 def run(job: Job, signals: Signals) -> int:
     """Train until ``trainer.max_steps``, a signal or the guard; returns the exit code."""
     session, trainer = Session(job), job.config.trainer
-    outcome, code, why = "done", guard.DONE, ""
+    outcome, code, why = "done", utils_signals.DONE, ""
     try:
         while not session.stopped(signals) and session.step < trainer.max_steps:
             record = session.train()
@@ -47,9 +51,9 @@ def run(job: Job, signals: Signals) -> int:
             session.save_unless_saved()
     except GuardError as error:
         say(f"STOPPED: {error}")
-        outcome, code, why = "guard", guard.GUARD, str(error)
+        outcome, code, why = "guard", utils_signals.GUARD, str(error)
     if (unsaved := session.saver.wait()) and outcome == "done":
-        outcome, code, why = "failed", guard.FAILED, f"the checkpoint could not be written: {unsaved}"
+        outcome, code, why = "failed", utils_signals.FAILED, f"the checkpoint could not be written: {unsaved}"
     if outcome == "done":
         session.sample()
     session.close(outcome, code, why)
@@ -62,22 +66,22 @@ class Session:
     def __init__(self, job: Job) -> None:
         config = job.config
         heartbeat.beat(0, "connect")
-        self.topology = Topology.connect(config)
+        self.topology = Topology.initialize(config)
         heartbeat.beat(0, "build")
         self.job = job
-        self.samples = Samples(config, job.data, Split.train)
-        self.val = Samples(config, job.data, Split.val) if config.data.split[1] > 0 else None
-        self.engine = Engine(config, self.topology)
+        self.samples = TokenDataset(config, job.data, Split.train)
+        self.val = TokenDataset(config, job.data, Split.val) if config.data.split[1] > 0 else None
+        self.engine = Trainer(config, self.topology)
         self.step = restore(job, self.engine)
         self.first_step = self.step
         self.stopped_by: Signal | None = None
-        self.sinks: list[log.Sink] = []
+        self.sinks: list[base.Logger] = []
         if self.topology.rank == 0:
             truncate_metrics(job.run_dir, self.step)
             (job.run_dir / "result.json").unlink(missing_ok=True)
-            self.jsonl, self.sinks = log.sinks(job)
+            self.jsonl, self.sinks = build.loggers(job)
         keep = config.trainer.keep_checkpoints
-        self.saver = saving.Saver(job.run_dir, keep, say, self.topology.rank, world_size(config))
+        self.saver = saver.Saver(job.run_dir, keep, say, self.topology.rank, world_size(config))
         self.told_of: int | None = None  # the last checkpoint that the sinks know
         self.meter = Meter(config)
         self.last: dict[str, Any] = {}
@@ -96,7 +100,7 @@ class Session:
     def stopped(self, signals: Signals) -> bool:
         """Whether a signal asks to stop: one to any rank is one to all, which leave the loop after the same step."""
         kinds = (Signal.SIGTERM, Signal.SIGINT)
-        heard = self.topology.totals(*(float(signals.received is kind) for kind in kinds))
+        heard = self.topology.all_reduce_sum(*(float(signals.received is kind) for kind in kinds))
         self.stopped_by = next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
         return self.stopped_by is not None
 
@@ -106,7 +110,7 @@ class Session:
         result = self.engine.step(self.step + 1, self.samples)
         self.step += 1
         if self.shown():  # every rank comes to the same answer, so all ask together
-            self.meter.memory_peak = self.topology.largest(peak_memory(self.topology.device))
+            self.meter.memory_peak = self.topology.all_reduce_max(peak_memory(self.topology.device))
         self.last = self.meter.record(self.step, result)
         return self.last
 
@@ -148,13 +152,13 @@ class Session:
         if self.topology.rank == 0:
             self.jsonl.sync()
         tokenizer = Path(self.job.data.tokenizer) if self.job.data.tokenizer else None
-        self.saver.submit(saving.Part(self.step, model, optimizer, {**self._about(), **rest}, tokenizer))
+        self.saver.submit(saver.CheckpointShard(self.step, model, optimizer, {**self._about(), **rest}, tokenizer))
 
     def save_unless_saved(self) -> None:
         """For an end that may come at any step."""
         self.saver.wait()
         unsaved = self.step > self.first_step and self.saver.saved_step != self.step
-        if self.topology.totals(float(unsaved and self.topology.rank == 0))[0]:
+        if self.topology.all_reduce_sum(float(unsaved and self.topology.rank == 0))[0]:
             self.save()
 
     def sample(self) -> None:
@@ -172,7 +176,7 @@ class Session:
                 )
                 return
             alone = one_rank(self.job.config)
-            engine = Engine(alone, Topology(alone.parallel, self.topology.device), train=False)
+            engine = Trainer(alone, Topology(alone.parallel, self.topology.device), train=False)
             engine.load(checkpoint.Checkpoint(checkpoint.folder_of(self.job.run_dir, self.step)).model(), None, {})
         if sample_text(self.job, engine, self.step):
             for sink in self.sinks:
@@ -211,7 +215,7 @@ class Session:
         }
 
 
-def restore(job: Job, engine: Engine) -> int:
+def restore(job: Job, engine: Trainer) -> int:
     """Load the newest sound checkpoint, if any; returns its step, or 0 for a fresh start.
 
     A fresh start takes its weights from ``checkpoint=``, if that is given.
@@ -219,7 +223,7 @@ def restore(job: Job, engine: Engine) -> int:
     Raises:
         UserError: the checkpoint is of another model or other data.
     """
-    found = checkpoint.newest(job.run_dir, lambda line: say(f"WARNING: {line}"), engine.topology)
+    found = checkpoint.latest_valid(job.run_dir, lambda line: say(f"WARNING: {line}"), engine.topology)
     if found is None:
         if job.config.checkpoint:
             _start(Path(job.config.checkpoint), engine)
@@ -234,9 +238,9 @@ def restore(job: Job, engine: Engine) -> int:
     return int(found.state["step"])
 
 
-def _start(source: Path, engine: Engine) -> None:
+def _start(source: Path, engine: Trainer) -> None:
     """Weights from elsewhere; moments, learning rate and data order are those of step 0."""
-    found = checkpoint.require(source, lambda line: say(f"WARNING: {line}"), engine.topology)
+    found = checkpoint.load_or_fail(source, lambda line: say(f"WARNING: {line}"), engine.topology)
     try:
         engine.load(found.model(), None, {})
     except ValueError as error:

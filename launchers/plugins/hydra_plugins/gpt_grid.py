@@ -6,11 +6,13 @@ Hydra takes plugins from the package ``hydra_plugins`` only, and imports all of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -35,18 +37,18 @@ class GridSweeper(Sweeper):
         """Run all cells, or a search."""
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-        from gpt.console import Console
-        from gpt.grid import checks, launching
+        from gpt.utils.console import Console
+        from launchers.sweep import checks, launch
 
         if self.master.optuna.search:
-            from gpt.grid import searching
+            from launchers.sweep import optuna_search
 
-            return searching.search(self.loader, self.master, arguments)
+            return optuna_search.search(self.loader, self.master, arguments)
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(arguments)
         checks.before(parsed, self.master, Console())
         (cells,) = BasicSweeper.split_arguments(parsed, None)
         returns = self.pool.launch(cells, initial_job_idx=0)
-        launching.conclude(returns)
+        launch.raise_for_failures(returns)
         return [returns]
 
 
@@ -65,6 +67,28 @@ class PoolLauncher(Launcher):
             UserError: a cell cannot be; nothing was started.
             JobFailed: the grid was stopped.
         """
-        from gpt.grid import launching
+        from launchers.sweep import launch
 
-        return launching.launch(self.loader, self.config, job_overrides, first=initial_job_idx == 0)
+        return launch.launch(self.loader, self.config, job_overrides, first=initial_job_idx == 0)
+
+
+class PreflightCallback(Callback):
+    """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""
+        from gpt import cli
+        from gpt.utils.errors import UserError
+        from launchers import driver
+
+        try:
+            job = cli.validate_or_fail(
+                cli.job_config(config), config.hydra.runtime.choices, list(config.hydra.overrides.task)
+            )
+            if job.optuna.search:
+                raise UserError.of(["hparams=optuna makes many runs: add -m"])
+            driver.preflight(job, Path(str(config.hydra.run.dir)))
+        except UserError as error:
+            cli.fail(str(error))
+        except cli.CONFIG_ERRORS as error:
+            cli.fail(str(UserError.of([str(error)])))

@@ -1,0 +1,257 @@
+"""Rows of tokens to be scored, and which of their tokens count: overlapping windows, and contexts with an ending.
+
+``Batch.mask_BT`` says what counts, as in training. Rows that end early are filled up at the end with token 0, which
+nothing before it sees.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gpt.config.task_schemas import Detokenizer, DocumentRule, Evaluate, EvaluateKind, Prepare, TextFormat
+from gpt.data import token_files
+from gpt.data.dataset import Batch
+from gpt.data.preprocess import documents
+from gpt.data.preprocess.inputs import FORMATS, Source, ending_of
+from gpt.data.token_files import TokenSet
+from gpt.utils.arrays import Array
+from gpt.utils.errors import UserError
+
+
+class EvalRows(Protocol):
+    """What can be scored."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows ``first`` to ``first`` + ``count``."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows over a row of tokens, of which every token but the first counts in exactly one.
+
+    The first window counts whole; each later one begins ``stride`` tokens after the one before it, and only the
+    tokens that are new in it count, so that they have ``length`` - ``stride`` tokens or more before them.
+
+    Attributes:
+        ids: tokens, of which the windows see those from ``start`` up to ``stop``.
+        start: of the row.
+        stop: of the row.
+        length: tokens that the model sees at once.
+        stride: 1 to ``length``; ``length``: side by side.
+        eot_id: what follows it does not count, since it is another document; None: all count.
+
+    Example:
+        >>> row = Windows(np.arange(8), 0, 8, length=4, stride=2, eot_id=None).batch(0, 3)
+        >>> [labels[mask > 0].tolist() for labels, mask in zip(row.labels_BT, row.mask_BT)]
+        [[1, 2, 3, 4], [5, 6], [7]]
+    """
+
+    ids: Array
+    start: int
+    stop: int
+    length: int
+    stride: int
+    eot_id: int | None
+
+    def __len__(self) -> int:
+        """How many windows there are."""
+        beyond = self.stop - self.start - 1 - self.length
+        return 0 if self.stop - self.start < 2 else 1 + max(0, -(-beyond // self.stride))
+
+    def batch(self, first: int, count: int) -> Batch:
+        """See ``EvalRows``."""
+        rows, counts_from = [], []
+        for number in range(first, first + count):
+            begin = self.start + number * self.stride
+            rows.append(self.ids[begin : min(begin + self.length + 1, self.stop)])
+            counts_from.append(self.length - self.stride if number else 0)
+        return _filled(rows, counts_from, self.eot_id)
+
+    def counted(self) -> int:
+        """Tokens that count in all windows."""
+        inputs = self.ids[self.start : self.stop - 1]
+        return len(inputs) - (int((inputs == self.eot_id).sum()) if self.eot_id is not None else 0)
+
+
+class Continuations:
+    """Contexts with an ending each, which alone counts; the longest first, so that a batch has rows of similar length.
+
+    Args:
+        contexts: tokens, at least one each.
+        endings: tokens; of more than ``length`` the last ones count.
+        length: tokens that the model sees at once; of what is too long the beginning is cut off.
+    """
+
+    def __init__(self, contexts: Sequence[Array], endings: Sequence[Array], length: int) -> None:
+        pairs = list(zip(contexts, endings, strict=True))
+        self.order = sorted(range(len(pairs)), key=lambda i: -sum(len(part) for part in pairs[i]))
+        self.cut = sum(len(context) + len(ending) > length + 1 for context, ending in pairs)
+        self._rows = [np.concatenate(pairs[i])[-length - 1 :] for i in self.order]
+        self._counts_from = [
+            max(0, len(row) - 1 - len(endings[i])) for row, i in zip(self._rows, self.order, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._rows)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """See ``EvalRows``."""
+        return _filled(self._rows[first : first + count], self._counts_from[first : first + count], None)
+
+
+def _filled(rows: list[Array], counts_from: list[int], eot_id: int | None) -> Batch:
+    shape = (len(rows), max(len(row) for row in rows) - 1)
+    inputs, labels = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.float32)
+    for i, (row, first) in enumerate(zip(rows, counts_from, strict=True)):
+        last = len(row) - 1
+        inputs[i, :last], labels[i, :last] = row[:-1], row[1:]
+        mask[i, first:last] = 1.0
+    if eot_id is not None:
+        mask[inputs == eot_id] = 0.0
+    return Batch(inputs, labels, mask)
+
+
+def of_split(
+    token_set: TokenSet, shares: list[float], number: int, length: int, stride: int, eot: int | None
+) -> Windows:
+    """Windows over one split of a token set.
+
+    Args:
+        token_set: the whole set.
+        shares: of its splits (``data.split``).
+        number: of the split.
+        length: see ``Windows``.
+        stride: see ``Windows``.
+        eot: see ``Windows``.
+
+    Raises:
+        UserError: the split has nothing to predict.
+    """
+    bounds = token_files.split_bounds(token_set.documents, shares)
+    ends = token_set.document_ends
+    start, stop = (int(ends[bounds[number + i] - 1]) if bounds[number + i] else 0 for i in (0, 1))
+    if stop - start < 2:
+        raise UserError(
+            f"{token_set.prefix}: the {('train', 'val', 'test')[number]} split has {max(stop - start, 0)} tokens, "
+            f"nothing to predict: give more text or change data.split={shares}"
+        )
+    return Windows(token_set.ids, start, stop, length, stride, eot)
+
+
+# Raw text that a model is measured on: documents of a file, WikiText made readable again, and a last word to find.
+
+SHOWN = 10  # problems of one file
+
+# WikiText's .tokens files have spaces around punctuation and marks within numbers and compounds. These are the
+# substitutions, in this order, that published figures of GPT-2's kind rest on (Megatron-LM's, Shoeybi et al., 2019).
+WIKITEXT = (
+    (r"s '", "s'"),
+    *((rf" @\{mark}@ ", mark) for mark in "-,."),
+    *((rf" \{mark} ", f"{mark} ") for mark in ":;.!?,"),
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    (r"= = = =", "===="),
+    (r"= = =", "==="),
+    (r"= =", "=="),
+    (r" ° ", "°"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N ", " 1 "),
+    (r" 's", "'s"),
+)
+
+
+def detokenize(text: str, kind: Detokenizer) -> str:
+    """Undo what was done to a text to count its words.
+
+    Example:
+        >>> detokenize("a 2 @.@ 5 @-@ inch gun , ( or two ) . It 's", Detokenizer.wikitext)
+        "a 2.5-inch gun, (or two). It's"
+    """
+    if kind is Detokenizer.wikitext:
+        for pattern, replacement in WIKITEXT:
+            text = re.sub(pattern, replacement, text)
+    return text
+
+
+def last_word(text: str) -> tuple[str, str]:
+    """A passage without its last word, and that word with the space before it (Paperno et al., 2016).
+
+    Example:
+        >>> last_word("They talked about the weather")
+        ('They talked about the', ' weather')
+    """
+    word = text.rsplit(maxsplit=1)[-1]
+    return text[: text.rindex(word)].rstrip(), f" {word}"
+
+
+def read(settings: Evaluate) -> list[str]:
+    """The documents of ``settings.path`` as they are there.
+
+    Raises:
+        UserError: what ``problems`` lists.
+    """
+    found = problems(settings)
+    if found:
+        raise UserError.of(found)
+    return [text for _, text, _ in _documents(settings)]
+
+
+def problems(settings: Evaluate) -> list[str]:
+    """What is wrong with the file, each a sentence; the file is read whole."""
+    name, count, bad = f"evaluate.path={settings.path}", 0, []
+    path = Path(str(settings.path))
+    if not path.is_file():
+        return [f"{name}: {'a folder; name one file' if path.is_dir() else 'no such file'}"]
+    if ending_of(path)[0] == ".parquet":
+        return [f"{name}: text and .jsonl are read (also .gz and .zst), not .parquet"]
+    try:
+        for line, text, unreadable in _documents(settings):
+            short = settings.kind is EvaluateKind.cloze and len(text.split()) < 2
+            why = unreadable or ("fewer than two words: one to find, and others before it" if short else "")
+            bad += [f"{name}, line {line}: {why}" if line else f"{name}: {why}"] if why else []
+            count += bool(text.strip())
+    except (OSError, EOFError, zlib.error) as error:
+        return [f"{name}: it cannot be read ({error})"]
+    except ImportError as error:
+        return [f"{name}: reading it needs the package {error.name}: pip install 'gpt-runner[data]'"]
+    if not bad and not count:
+        return [f"{name}: there is no text in it"]
+    if len(bad) > SHOWN:
+        bad[SHOWN:] = [f"{name}: and {len(bad) - SHOWN:,} more lines like these"]
+    return bad
+
+
+def _documents(settings: Evaluate) -> Iterator[tuple[int, str, str]]:
+    """Line (0: the whole file), text, and what is wrong with it."""
+    path = Path(str(settings.path))
+    ending, packing = ending_of(path)
+    by_line = FORMATS.get(ending) is TextFormat.jsonl or settings.kind is EvaluateKind.cloze
+    form = TextFormat.jsonl if FORMATS.get(ending) is TextFormat.jsonl else TextFormat.text
+    source = Source(str(path), form, packing, path.stat().st_size, 0)
+    rules = Prepare(document=DocumentRule.line, json_key=settings.json_key)
+    file, under = source.open()
+    with file, under:
+        if not by_line:
+            yield (0, *documents.text_of(file.read(), source, rules))
+            return
+        for record in documents.records(file, source, rules):
+            if record.raw is None:
+                yield record.line, "", record.why
+            elif record.raw.strip():
+                yield (record.line, *documents.text_of(record.raw, source, rules))

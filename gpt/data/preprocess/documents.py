@@ -1,0 +1,231 @@
+"""Bytes to documents: where one ends, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO
+
+from gpt.config.task_schemas import DocumentRule, Prepare, Sentences, TextFormat
+from gpt.data.corpus import PIECE_BYTES, at_character
+from gpt.data.preprocess.inputs import Source
+
+LONGEST = 16 << 20  # bytes; bounds the memory of a worker. A longer JSON line is bad, a longer text is divided.
+
+
+@dataclass(frozen=True)
+class Record:
+    """A document as found: its bytes, or why there are none. ``line`` counts from 1 (rows of a parquet file too)."""
+
+    line: int
+    raw: bytes | None
+    ends: bool = True  # False for all but the last piece of a divided document
+    why: str = ""
+
+
+def separates(settings: Prepare) -> Callable[[bytes], bool]:
+    """Whether a line of text stands between two documents."""
+    if settings.document is DocumentRule.regex:
+        pattern = re.compile(str(settings.separator).encode())
+        return lambda line: pattern.search(line.rstrip(b"\r\n")) is not None
+    return lambda line: not line.strip()
+
+
+def by_lines(source: Source, settings: Prepare) -> bool:
+    """Whether documents end at line ends that can be found from anywhere in the file."""
+    rules = (DocumentRule.line, DocumentRule.blank_line, DocumentRule.regex)
+    return source.format is TextFormat.jsonl or (source.format is TextFormat.text and settings.document in rules)
+
+
+def cut(file: BinaryIO, position: int, source: Source, settings: Prepare) -> int:
+    """The first byte at or after ``position`` (but for 0) at which a document may begin."""
+    if position <= 0:
+        return 0
+    file.seek(position - 1)
+    _skip_line(file)
+    if source.format is TextFormat.text and settings.document is not DocumentRule.line:
+        between = separates(settings)
+        while line := _line(file)[0]:
+            if between(line):
+                break
+    return file.tell()
+
+
+def records(file: BinaryIO, source: Source, settings: Prepare, end: int | None = None) -> Iterator[Record]:
+    """Documents from where ``file`` stands to its end, or to byte ``end``, which ``cut`` gave."""
+    if source.format is TextFormat.jsonl or settings.document is DocumentRule.line:
+        for number, (line, whole) in enumerate(_lines(file, end), start=1):
+            if whole:
+                yield Record(number, line)
+            else:
+                yield Record(number, None, why=f"a line of more than {LONGEST >> 20} MiB")
+    elif settings.document is DocumentRule.file:
+        yield from _pieces(file)
+    elif settings.document is DocumentRule.literal:
+        yield from _between(file, str(settings.separator).encode())
+    else:
+        yield from _paragraphs(file, end, separates(settings))
+
+
+def text_of(raw: bytes, source: Source, settings: Prepare) -> tuple[str, str]:
+    """The text of a record and "", or "" and what is wrong with it."""
+    try:
+        if source.format is TextFormat.jsonl:
+            row = json.loads(raw)
+            if not isinstance(row, dict):
+                return "", "not a JSON object"
+            if settings.json_key not in row:
+                return "", f"no key {settings.json_key!r}, only {', '.join(sorted(row)[:5]) or 'none'}"
+            text = row[settings.json_key]
+            if not isinstance(text, str):
+                return "", f"{settings.json_key!r} is {type(text).__name__}, not text"
+            text.encode()
+        else:
+            text = raw.decode()
+    except UnicodeError:
+        return "", "not UTF-8"
+    except (ValueError, RecursionError):
+        return "", "not JSON"
+    return ("", "NUL bytes") if "\0" in text else (text, "")
+
+
+def _line(file: BinaryIO) -> tuple[bytes, bool]:
+    """The next line, and whether it is whole: of a longer one than ``LONGEST`` only the beginning."""
+    line = file.readline(LONGEST)
+    if len(line) < LONGEST or line.endswith(b"\n"):
+        return line, True
+    return line, not _skip_line(file)
+
+
+def _skip_line(file: BinaryIO) -> int:
+    """To the next line; how many bytes that were."""
+    skipped = 0
+    while part := file.readline(1 << 20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _lines(file: BinaryIO, end: int | None) -> Iterator[tuple[bytes, bool]]:
+    while end is None or file.tell() < end:
+        line, whole = _line(file)
+        if not line:
+            return
+        yield line, whole
+
+
+def _paragraphs(file: BinaryIO, end: int | None, between: Callable[[bytes], bool]) -> Iterator[Record]:
+    kept: list[bytes] = []
+    size, first, number = 0, 1, 0
+    while end is None or file.tell() < end:
+        line = file.readline(PIECE_BYTES)
+        if not line:
+            break
+        begins = not kept or kept[-1].endswith(b"\n")
+        if begins and line.endswith(b"\n") and between(line):
+            if kept:
+                yield Record(first, b"".join(kept))
+            kept, size = [], 0
+        elif size + len(line) > LONGEST:
+            whole, rest = at_character(b"".join([*kept, line]), final=False)
+            yield Record(first, whole, ends=False)
+            kept, size, first = [rest] if rest else [], len(rest), number + 1
+        else:
+            first = first if kept else number + 1
+            kept.append(line)
+            size += len(line)
+        number += line.endswith(b"\n")
+    if kept:
+        yield Record(first, b"".join(kept))
+
+
+def _pieces(file: BinaryIO) -> Iterator[Record]:
+    """A whole file as one document, in pieces that end at a line if they can."""
+    carry, first = b"", 1
+    kept: Record | None = None
+    while True:
+        raw = file.read(PIECE_BYTES)
+        raw += file.readline(PIECE_BYTES) if raw else b""
+        whole, carry = at_character(carry + raw, final=not raw)
+        if whole:
+            if kept:
+                yield kept
+            kept, first = Record(first, whole, ends=False), first + whole.count(b"\n")
+        if not raw:
+            break
+    if kept:
+        yield Record(kept.line, kept.raw)
+
+
+def _between(file: BinaryIO, separator: bytes) -> Iterator[Record]:
+    """Texts between occurrences of a separator, which may stand anywhere."""
+    buffer, first = b"", 1
+    while block := file.read(1 << 20):
+        *whole, buffer = (buffer + block).split(separator)
+        for text in whole:
+            yield Record(first, text)
+            first += text.count(b"\n") + separator.count(b"\n")
+        if len(buffer) > LONGEST:
+            text = at_character(buffer[: -len(separator)], final=False)[0]
+            buffer = buffer[len(text) :]
+            yield Record(first, text, ends=False)
+            first += text.count(b"\n")
+    if buffer:
+        yield Record(first, buffer)
+
+
+# Documents to sentences; joined they are the document again.
+
+Divide = Callable[[str], list[str]]
+
+
+def divider(settings: Prepare) -> Divide:
+    """The rule of ``prepare.sentences``.
+
+    Raises:
+        ImportError: ``punkt`` needs nltk.
+        LookupError: nltk has no model of the language.
+
+    Example:
+        >>> lines("a\\nb")
+        ['a\\n', 'b']
+    """
+    if settings.sentences is Sentences.punkt:
+        return _punkt(settings.language)
+    return lines if settings.sentences is Sentences.line else lambda text: [text]
+
+
+def lines(text: str) -> list[str]:
+    """With their ends."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+def _punkt(language: str) -> Divide:
+    """Kiss and Strunk, 2006, as nltk has it; what stands between two sentences goes with the first."""
+    from nltk.tokenize import PunktTokenizer
+
+    splitter = PunktTokenizer(language)
+
+    def divide(text: str) -> list[str]:
+        begins = [begin for begin, _ in splitter.span_tokenize(text)][1:]
+        return [text[a:b] for a, b in pairwise([0, *begins, len(text)])]
+
+    return divide
+
+
+def problems(settings: Prepare) -> list[str]:
+    """Why the rule cannot be used here, with the remedy."""
+    try:
+        divider(settings)
+    except ImportError:
+        return ["prepare.sentences=punkt needs the package nltk: pip install 'gpt-runner[sentences]'"]
+    except LookupError:
+        return [
+            f"prepare.sentences=punkt: nltk has no model of prepare.language={settings.language}: "
+            "python -m nltk.downloader punkt_tab"
+        ]
+    return []

@@ -1,1 +1,0 @@
-"""Many runs from one command: cells, what became of them, the pool that runs them, the page about them."""

@@ -1,0 +1,106 @@
+"""A checkpoint at work: prompts in, texts out, under any topology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import paddle
+
+from gpt.config.derived import PADDLE_DTYPE
+from gpt.config.parameters import parameter_shapes
+from gpt.config.sampling import Sampling
+from gpt.config.schema import DType
+from gpt.data.tokenizer import Encoder
+from gpt.inference import logprobs
+from gpt.inference.beam_search import beams
+from gpt.inference.decoder import Decoder
+from gpt.inference.sampling import sample
+from gpt.inference.types import Completion, TextDelta, TokenLogprobs
+from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
+from gpt.runs.checkpoint import checkpoint, reshard
+from gpt.runs.checkpoint.checkpoint import Checkpoint
+from gpt.runs.run_dir import Job
+from gpt.utils.console import say
+from gpt.utils.errors import UserError
+
+
+class Generator:
+    """Implements ``gpt.inference.types.TextGenerator`` and ``Scorer``.
+
+    All ranks of a replica are asked alike, and come to the same texts.
+
+    Args:
+        model: whose topology says which ranks take part.
+        encoder: of its text.
+        step: of the checkpoint.
+    """
+
+    def __init__(self, model: GPT, encoder: Encoder, step: int) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.step = step
+        self.positions = model.config.model.positions
+        self.vocab = encoder.vocab
+
+    @classmethod
+    def of(cls, job: Job, topology: Topology) -> Generator:
+        """The checkpoint that the job names.
+
+        Raises:
+            UserError: it is damaged, or has no tokenizer, or is of another model.
+        """
+        found = checkpoint.load_or_fail(
+            Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology
+        )
+        encoder = found.encoder()
+        return cls(_read(job, topology, found), encoder, int(found.state["step"]))
+
+    def encode(self, text: str) -> list[int]:
+        """Token numbers of a prompt."""
+        tokens: list[int] = self.encoder.encode(text).tolist()
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """Their text."""
+        return self.encoder.decode(tokens)
+
+    def score(self, texts: list[list[int]]) -> list[TokenLogprobs]:
+        """See ``gpt.inference.types.Scorer``."""
+        self.model.eval()
+        return logprobs.score(self.model, texts)
+
+    def write(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        on_piece: Callable[[TextDelta], None] | None = None,
+        keep_going: Callable[[], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """See ``gpt.inference.types.TextGenerator``."""
+        self.model.eval()
+        go_on = keep_going or (lambda: True)
+        decoder = Decoder(self.model, prompts, sampling.max_new_tokens)
+        if sampling.num_beams > 1:
+            return beams(decoder, prompts, sampling, self.encoder, go_on)
+        return sample(decoder, prompts, sampling, self.encoder, on_piece or (lambda piece: None), go_on)
+
+
+def _read(job: Job, topology: Topology, found: Checkpoint) -> GPT:
+    """This rank's part of the model."""
+    dtype = job.config.precision.dtype
+
+    def settle(prefix: str, part: paddle.nn.Layer) -> None:
+        if dtype is not DType.fp32:
+            part.to(dtype=PADDLE_DTYPE[dtype])
+
+    model, source = GPT(job.config, topology, settle), found.model()
+    try:
+        reshard.require_same(source.shapes, parameter_shapes(job.config))
+    except ValueError as error:
+        raise UserError(f"{found.path}: {error}") from error
+    for name, p in model.logical_parameters().items():
+        p.set_value(paddle.to_tensor(reshard.read_local_shard(topology, p, source, name)).astype(p.dtype))
+    model.eval()
+    return model

@@ -1,0 +1,245 @@
+"""The GPT: pre-LN blocks, tanh-GELU, learned positions, head tied to the embedding.
+
+Shapes are in names: B batch, T positions, H hidden, N heads, D head size (H = N D), F ffn, V vocabulary.
+The maths is GPT-2's (Radford et al., 2019). The columns of the fused qkv belong together by head (q_j k_j v_j),
+so that a split of the columns is a split of the heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import paddle
+from paddle import Tensor, nn
+from paddle.distributed.fleet.utils import recompute
+
+from gpt.config.derived import padded_vocab
+from gpt.config.schema import Config, Recompute
+from gpt.model import cpu_decode, layers
+from gpt.model.kv_cache import Cache
+from gpt.parallel import pipeline_comm
+from gpt.parallel.topology import Topology
+from gpt.utils.arrays import Array
+from gpt.utils.rng import initial_value
+
+Settle = Callable[[str, nn.Layer], None]
+
+
+class Attention(nn.Layer):  # type: ignore[misc]
+    """Causal self-attention with fused projections."""
+
+    def __init__(self, config: Config, topology: Topology, recompute_core: bool) -> None:
+        super().__init__()
+        m = config.model
+        self.heads = m.heads // topology.tp_degree
+        self.size = m.hidden // m.heads
+        self.dropout = m.attention_dropout
+        self.topology = topology
+        self.recompute_core = recompute_core
+        self.qkv = layers.column_linear(topology, m.hidden, 3 * m.hidden)
+        self.out = layers.row_linear(topology, m.hidden, m.hidden)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Attend to all earlier positions; return BTH before the residual sum, or TBH under sequence parallel."""
+        qkv_BTE = self.topology.transpose_sequence_first(self.qkv(x_BTH))
+        B, T, _ = qkv_BTE.shape
+        qkv_BTNE = qkv_BTE.reshape([B, T, self.heads, 3 * self.size])
+        dropout = self.dropout if self.training else 0.0
+        if self.recompute_core and self.training:
+            mixed_BTND = recompute(self._mix, qkv_BTNE, dropout)
+        else:
+            mixed_BTND = self._mix(qkv_BTNE, dropout)
+        return self.out(self.topology.transpose_sequence_first(mixed_BTND.reshape([B, T, self.heads * self.size])))
+
+    def _mix(self, qkv_BTNE: Tensor, dropout: float) -> Tensor:
+        with self.topology.model_parallel_rng():
+            return layers.causal_attention(qkv_BTNE, dropout)
+
+    def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
+        """The same for new positions after those of the cache, without dropout; it gets their keys and values."""
+        B, T, _ = x_BTH.shape
+        qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
+        keys, values = cache.keys[layer], cache.values[layer]
+        mixed_BTND = layers.attention_after(qkv_BTNE, keys, values, cache.length, cache.pads_B)
+        return self.out(mixed_BTND.reshape([B, T, self.heads * self.size]))
+
+
+class Block(nn.Layer):  # type: ignore[misc]
+    """x + attention(norm(x)), then x + mlp(norm(x)), each branch with dropout at its end."""
+
+    def __init__(self, config: Config, topology: Topology, number: int) -> None:
+        super().__init__()
+        m = config.model
+        self.number = number
+        exempt = number in m.no_recompute_layers
+        self.recompute = Recompute.none if exempt else m.recompute
+        self.dropout = m.dropout
+        self.topology = topology
+        self.norm1 = layers.LayerNorm(m.hidden, m.layer_norm_eps)
+        self.attention = Attention(config, topology, self.recompute is Recompute.core_attn)
+        self.norm2 = layers.LayerNorm(m.hidden, m.layer_norm_eps)
+        self.fc1 = layers.column_linear(topology, m.hidden, m.ffn)
+        self.fc2 = layers.row_linear(topology, m.ffn, m.hidden)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """One block on BTH, recomputed in the backward pass as configured."""
+        if self.recompute is Recompute.full and self.training:
+            out: Tensor = recompute(self._block, x_BTH)
+            return out
+        return self._block(x_BTH)
+
+    def _block(self, x_BTH: Tensor) -> Tensor:
+        normed = self.norm1(x_BTH)
+        if self.recompute is Recompute.full_attn and self.training:
+            mixed = recompute(self.attention, normed)
+        else:
+            mixed = self.attention(normed)
+        with self.topology.dropout_rng():
+            x_BTH = x_BTH + layers.dropout(mixed, self.dropout, self.training)
+        branch = self._mlp(self.norm2(x_BTH))
+        with self.topology.dropout_rng():
+            return x_BTH + layers.dropout(branch, self.dropout, self.training)
+
+    def _mlp(self, x_BTH: Tensor) -> Tensor:
+        return self.fc2(layers.gelu(self.fc1(x_BTH)))
+
+    def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Inference on new positions after those of the cache, in which this block is ``layer``."""
+        x_BTH = x_BTH + self.attention.step(self.norm1(x_BTH), cache, layer)
+        return x_BTH + self._mlp(self.norm2(x_BTH))
+
+
+def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
+    """Matrices and tables N(0, init_std), projections into the residual stream as configured, the rest as is."""
+    m = config.model
+    for name, p in parameters.items():
+        if name.endswith(".weight") and ".norm" not in f".{name}":
+            into_residual = name.endswith((".out.weight", ".fc2.weight")) and m.scale_output_init
+            std = m.init_std / math.sqrt(2 * m.layers) if into_residual else m.init_std
+            p.set_value(topology.local_shard(initial_value(config.seed, name, topology.global_shape(p), std), p))
+
+
+class GPT(nn.Layer):  # type: ignore[misc]
+    """The whole model; of a pipeline, this stage's part of it, which can only decode (``gpt.model.pipeline`` trains).
+
+    Args:
+        config: of the job; reads ``model``, ``parallel`` and ``seed``.
+        topology: of this rank; gives the linears.
+        settle: told of each part as soon as it is made, with the prefix of its names: what need not stay here can go
+            before the next part comes.
+    """
+
+    def __init__(self, config: Config, topology: Topology, settle: Settle = lambda prefix, part: None) -> None:
+        super().__init__()
+        m = config.model
+        self.config = config
+        self.topology = topology
+        first, last = topology.stage == 0, topology.stage == topology.parallel.pp_degree - 1
+        if first or last:
+            self.word = layers.embedding(topology, padded_vocab(config), m.hidden)
+            settle("word", self.word)
+        if first:
+            self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+            settle("position", self.position)
+        if last:
+            self.norm = layers.LayerNorm(m.hidden, m.layer_norm_eps)
+            settle("norm", self.norm)
+        self.layers = nn.LayerDict()
+        for i in topology.stage_layers(m.layers):
+            self.layers[str(i)] = Block(config, topology, i)
+            settle(f"layers.{i}", self.layers[str(i)])
+
+    @property
+    def dtype(self) -> str:
+        """Element type of activations."""
+        return str(next(iter(self.layers.values())).norm1.weight.dtype).removeprefix("paddle.")
+
+    def logical_parameters(self) -> dict[str, Tensor]:
+        """Parameters by the names that checkpoints, initial values and decay rules use."""
+        return dict(self.named_parameters())
+
+    def initialise(self) -> None:
+        """Give every parameter its first value."""
+        initialise(self.config, self.topology, self.logical_parameters())
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Final hidden states BTH of int64 tokens BT."""
+        x_BTH = self.topology.scatter_to_sequence_parallel_region(self._embed(tokens_BT))
+        for block in self.layers.values():
+            x_BTH = block(x_BTH)
+        return self.topology.gather_from_sequence_parallel_region(self.norm(x_BTH))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits BTV; those of padding rows are -1e9."""
+        assert self.topology.parallel.mp_degree == 1, "logits want the whole table: build the model for one rank"
+        return layers.logits(self.hidden(tokens_BT), self.word.weight, self.config.model.vocab)
+
+    def loss(self, tokens_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, count: float) -> Tensor:
+        """Sum of the cross entropies where ``mask_BT`` is 1, divided by ``count``: a scalar, in float32.
+
+        Args:
+            tokens_BT: int64 inputs.
+            labels_BT: int64, the inputs shifted by one.
+            mask_BT: float32.
+            count: counted positions of the whole global batch, so that micro batches add up to its mean.
+        """
+        x_MH = self.hidden(tokens_BT).reshape([-1, self.config.model.hidden])
+        labels_M, mask_M = labels_BT.flatten(), mask_BT.flatten() / count
+        m = self.config.model
+        return layers.parallel_head_loss(self.topology, x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        positions_T = paddle.arange(tokens_BT.shape[1], dtype="int64")
+        x_BTH = self.word(tokens_BT) + self.position(positions_T)
+        return layers.dropout(x_BTH, self.config.model.dropout, self.training)
+
+    def new_cache(self, columns: int, pads_B: Array) -> Cache:
+        """Room for ``columns`` positions of as many rows as ``pads_B`` has; see ``Cache``."""
+        m, mp = self.config.model, self.topology.parallel.mp_degree
+        self._few = None
+        if mp == self.topology.parallel.pp_degree == 1 and cpu_decode.fits(0, self.word.weight):
+            self._few = cpu_decode.FusedCpuDecoder(self.word.weight, self.position.weight, list(self.layers.values()))
+        shape = [len(pads_B), m.heads // mp, columns, m.hidden // m.heads]
+        return Cache(len(self.layers), shape, self.dtype, pads_B)
+
+    def extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Hidden states BTH of some new tokens, which the cache then has too; of a pipeline, on the last stage.
+
+        Args:
+            tokens_BT: int64, the next columns of all rows.
+            cache: of ``new_cache``, with room for T more columns.
+        """
+        B, T = tokens_BT.shape
+        if self._few and cpu_decode.fits(B * T, self.word.weight):
+            x_BTH = self._few.run(tokens_BT.numpy(), cache)
+        else:
+            x_BTH = self._extend(tokens_BT, cache)
+        cache.length += T
+        return x_BTH
+
+    def _extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        if self.topology.stage > 0:
+            x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
+        else:
+            x_BTH = self.word(tokens_BT) + self.position(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
+        return pipeline_comm.pipeline_forward(self.topology, x_BTH, lambda x: self._run_blocks(x, cache))
+
+    def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Logits BV after the last of some new tokens, V the real vocabulary: incremental decoding. See ``extend``.
+
+        Over a pipeline or mp ranks every rank gets the same logits.
+        """
+        x_BTH = self.extend(tokens_BT, cache)
+        shape = [tokens_BT.shape[0], self.config.model.vocab]
+        return pipeline_comm.broadcast_from_last_stage(
+            self.topology, shape, self.dtype, lambda: self._head(x_BTH[:, -1])
+        )
+
+    def _run_blocks(self, x_BTH: Tensor, cache: Cache) -> Tensor:
+        for i, block in enumerate(self.layers.values()):
+            x_BTH = block.step(x_BTH, cache, i)
+        return x_BTH
+
+    def _head(self, x_BH: Tensor) -> Tensor:
+        return layers.head(self.topology, self.norm(x_BH), self.word.weight, self.config.model.vocab)

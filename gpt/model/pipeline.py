@@ -1,0 +1,194 @@
+"""The GPT as stages of a pipeline: the same parameters under the same names, shared out by layer.
+
+B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) or the semi-auto engine's
+runs it. The word table is on the first stage, which looks up in it, and on the last, whose head
+is tied to it; their gradients are added up by the schedule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import paddle
+from paddle import Tensor, nn
+from paddle.distributed import fleet
+from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, SharedLayerDesc
+
+from gpt.config.derived import padded_vocab
+from gpt.config.schema import Config
+from gpt.model import layers
+from gpt.model.gpt import Block, initialise
+from gpt.model.token_scores import label_scores
+from gpt.parallel.semi_auto import to_local
+from gpt.parallel.topology import Topology
+
+Micro = tuple[Tensor, tuple[Tensor, Tensor]]  # tokens BT; labels BT and the weights BT of their losses
+
+
+class Word(nn.Layer):  # type: ignore[misc]
+    """Look-up in the word table."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__()
+        self.word = layers.embedding(topology, padded_vocab(config), config.model.hidden)
+
+    @property
+    def weight(self) -> Tensor:
+        """What is shared between the first and the last stage."""
+        return self.word.weight
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Returns BTH."""
+        return self.word(tokens_BT)
+
+
+class Position(nn.Layer):  # type: ignore[misc]
+    """Adds the positions, with dropout."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__()
+        m = config.model
+        self.topology = topology
+        self.dropout = m.dropout
+        self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Returns what the blocks want."""
+        positions_T = paddle.arange(x_BTH.shape[1], dtype="int64")
+        return self.topology.scatter_to_sequence_parallel_region(
+            layers.dropout(x_BTH + self.position(positions_T), self.dropout, self.training)
+        )
+
+
+class FinalNorm(nn.Layer):  # type: ignore[misc]
+    """The LayerNorm before the head."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__()
+        self.topology = topology
+        self.norm = layers.LayerNorm(config.model.hidden, config.model.layer_norm_eps)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Returns BTH."""
+        return self.topology.gather_from_sequence_parallel_region(self.norm(x_BTH))
+
+
+def _head(word: Word, x_BTH: Tensor) -> Tensor:
+    """The head is one with the loss (``Pipeline.loss``); this only puts the word table on the last stage."""
+    return x_BTH
+
+
+class Pipeline(PipelineLayer):  # type: ignore[misc]
+    """This rank's layers of the model."""
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        virtual = config.parallel.virtual_pp_degree
+        super().__init__(
+            layers=[
+                SharedLayerDesc("word", Word, None, "weight", config, topology),
+                LayerDesc(Position, config, topology),
+                *(LayerDesc(Block, config, topology, i) for i in range(config.model.layers)),
+                LayerDesc(FinalNorm, config, topology),
+                SharedLayerDesc("word", Word, _head, "weight", config, topology),
+            ],
+            num_stages=config.parallel.pp_degree,
+            loss_fn=self.loss,
+            topology=topology.hcg.topology(),
+            seg_method="layer:Block",
+            num_virtual_pipeline_stages=virtual if virtual > 1 else None,
+        )
+        self.config = config
+        self.topology = topology
+        self.loss_sum = 0.0  # of what the schedule has run, on the last stage
+        self._scored: list[tuple[Tensor, Tensor]] | None = None  # None: the loss is wanted, not every token's
+        self._step: tuple[Any, ...] = ()
+        self._begun: Counter[int] = Counter()  # micro batches of the step, by virtual stage
+        # In a list: it holds this layer, not the other way round.
+        self.schedule: list[Any] = [self._schedule()]
+
+    def _schedule(self) -> Any:
+        if not self.topology.placed:
+            return fleet.distributed_model(self)
+        from gpt.model.semi_auto_pipeline import SemiAutoSchedule
+
+        return SemiAutoSchedule(self)
+
+    def logical_parameters(self) -> dict[str, Tensor]:
+        """Parameters of this rank by the names of the single model."""
+        found: dict[str, Tensor] = {}
+        for layer in self.sublayers():
+            if isinstance(layer, Block):
+                found |= {f"layers.{layer.number}.{name}": p for name, p in layer.named_parameters()}
+            elif isinstance(layer, Word | Position | FinalNorm):
+                found |= dict(layer.named_parameters())
+        return found
+
+    def initialise(self) -> None:
+        """Give every parameter its first value."""
+        initialise(self.config, self.topology, self.logical_parameters())
+
+    def forward(self, x: Tensor, chunk_id: int | None = None) -> Tensor:
+        """One micro batch through one (virtual) stage; Fleet's schedule calls it."""
+        if self.training:
+            chunk = chunk_id or 0
+            virtual = ("chunk", chunk) if chunk else ()
+            *parts, first = self._step
+            self.topology.seed(*parts, first + self._begun[chunk], *virtual)
+            self._begun[chunk] += 1
+        return super().forward(x, chunk_id)
+
+    def loss(self, x_BTH: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
+        """Weighted sum of the cross entropies, on the last stage; Fleet's schedule calls it."""
+        labels_BT, weight_BT = wanted
+        m = self.config.model
+        table_VH = self.shared_layers["word"].weight
+        if self._scored is not None:
+            self._scored.append(label_scores(self.topology, x_BTH, table_VH, labels_BT, m.vocab))
+            return weight_BT.sum()
+        x_MH = x_BTH.reshape([-1, m.hidden])
+        loss = layers.parallel_head_loss(
+            self.topology, x_MH, table_VH, labels_BT.flatten(), weight_BT.flatten(), m.vocab, m.loss_chunk
+        )
+        self.loss_sum += to_local(loss).item()
+        return loss
+
+    def begin(self) -> None:
+        """The next micro batch is the first of the step."""
+        self._begun, self.loss_sum = Counter(), 0.0
+
+    def forward_backward(self, micros: Iterable[Micro], step: tuple[Any, ...], scaler: Any) -> float:
+        """All micro batches of a step, with gradients; returns the loss, which only the last stage knows.
+
+        Args:
+            micros: ``accumulate_steps`` of them.
+            step: what the dropout masks of the first micro batch are a function of; its last part counts up.
+            scaler: of the loss, or None.
+        """
+        self._step = step
+        self.begin()
+        (schedule,) = self.schedule
+        if self.config.parallel.virtual_pp_degree > 1:
+            schedule.set_virtual_pipeline_rank(0)
+        schedule.forward_backward_pipeline(iter(micros), scaler)
+        return self.loss_sum
+
+    def evaluate(self, micros: Iterable[Micro]) -> float:
+        """The loss of ``accumulate_steps`` micro batches, which only the last stage knows."""
+        self.loss_sum = 0.0
+        self.schedule[0].eval_batch(iter(micros), compute_loss=True)
+        return self.loss_sum
+
+    def scores(self, micros: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Return ``label_scores`` of ``accumulate_steps`` inputs and labels BT; only the last stage has them.
+
+        All have one shape, which may differ from call to call.
+        """
+        self._scored = []
+        (schedule,) = self.schedule
+        unused = paddle.zeros([1], dtype="float32")
+        schedule.eval_batch(iter([(inputs, (labels, unused)) for inputs, labels in micros]), compute_loss=True)
+        schedule._p2p_helper.clear_meta_cache()  # the shapes that the stages told each other
+        found, self._scored = self._scored, None
+        return found

@@ -1,0 +1,1 @@
+"""Sharded checkpoints, independent of the topology that wrote them."""

@@ -1,0 +1,1 @@
+"""Where records go: metrics.jsonl, W&B, TensorBoard."""

@@ -1,0 +1,207 @@
+"""AdamW with decay groups, the global norm, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gpt.config.parameters import has_weight_decay
+from gpt.config.schema import Optimizer
+from gpt.utils.signals import GuardError
+
+if TYPE_CHECKING:
+    import paddle
+
+    from gpt.parallel.semi_auto import MeshPlacement
+
+    Tensors = dict[str, paddle.Tensor]
+
+
+class CpuOffloadOptimizer:
+    """An optimizer whose float32 weights and slots are in host memory, and which computes there.
+
+    For devices that are short of memory: gradients go to the host and updated weights come back, once per step. The
+    copies bear the names of the parameters, so the state is that of an optimizer with master weights.
+
+    Args:
+        parameters: on the device.
+        make: the optimizer over given parameters.
+    """
+
+    def __init__(self, parameters: list[paddle.Tensor], make: Callable[[list[paddle.Tensor]], Any]) -> None:
+        from paddle.base.framework import EagerParamBase
+
+        self.pairs = [
+            (p, EagerParamBase.from_tensor(p.detach().cpu().astype("float32"), name=p.name)) for p in parameters
+        ]
+        self.inner = make([host for _, host in self.pairs])
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        self.inner.set_lr(lr)
+
+    def step(self) -> None:
+        """Update on the host; the parameters on the device get the result."""
+        import paddle
+
+        device = paddle.get_device()
+        with paddle.no_grad():
+            for p, host in self.pairs:
+                host.grad = p.grad.cpu().astype("float32")
+            paddle.set_device("cpu")  # where the slots are made
+            self.inner.step()
+            paddle.set_device(device)
+            for p, host in self.pairs:
+                host.clear_gradient(False)
+                p.copy_(host.astype(p.dtype), False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Slots, and the float32 weights as master weights."""
+        return {**self.inner.state_dict(), "master_weights": {host.name: host for _, host in self.pairs}}
+
+    def set_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of ``state_dict``."""
+        master = state.pop("master_weights")
+        for _, host in self.pairs:
+            host.set_value(master[host.name])
+        self.inner.set_state_dict(state)
+
+
+def build(
+    parameters: dict[str, paddle.Tensor],
+    settings: Optimizer,
+    *,
+    master_weights: bool,
+    placed: MeshPlacement | None = None,
+) -> Any:
+    """Paddle's AdamW over all parameters; the engine sets the rate and clips.
+
+    Args:
+        parameters: by logical name, with their first values.
+        settings: of the optimizer section.
+        master_weights: keep float32 copies of weights of a smaller type.
+        placed: where the parameters are, if the semi-auto engine has placed them.
+    """
+    import paddle
+
+    decayed = {p.name for name, p in parameters.items() if has_weight_decay(name)}
+
+    def make(tensors: list[paddle.Tensor]) -> Any:
+        return paddle.optimizer.AdamW(
+            learning_rate=settings.lr,
+            beta1=settings.betas[0],
+            beta2=settings.betas[1],
+            epsilon=settings.eps,
+            weight_decay=settings.weight_decay,
+            parameters=tensors,
+            apply_decay_param_fun=decayed.__contains__,
+            multi_precision=master_weights,
+        )
+
+    tensors = list(parameters.values())
+    if placed:
+        return placed.optimizer(make(tensors))
+    return CpuOffloadOptimizer(tensors, make) if settings.offload else make(tensors)
+
+
+@dataclass
+class DynamicLossScaler:
+    """What a float16 loss is multiplied by, so that small gradients do not vanish (Micikevicius et al., 2018).
+
+    Halved after a step whose gradients overflow, doubled after ``GOOD_STEPS`` that do not. The engine tells it what
+    the norm over all ranks was, so every rank has the same scale.
+    """
+
+    value: float = 32768.0
+    good_steps: int = 0
+
+    GOOD_STEPS: ClassVar[int] = 1000
+    LEAST: ClassVar[float] = 2.0**-10
+
+    def scale(self, loss: paddle.Tensor) -> paddle.Tensor:
+        """The loss to differentiate; Fleet's schedule calls it too."""
+        return loss * self.value
+
+    def after_step(self, finite: bool) -> None:
+        """Adapt to what the step's gradients were.
+
+        Raises:
+            GuardError: the gradients overflow at the least scale: it is not the scale that is wrong.
+        """
+        if not finite:
+            self.value, self.good_steps = self.value / 2, 0
+            if self.value < self.LEAST:
+                raise GuardError(f"gradients overflow at every loss scale down to {self.LEAST}; try precision=bf16")
+            return
+        self.good_steps += 1
+        if self.good_steps == self.GOOD_STEPS:
+            self.value, self.good_steps = self.value * 2, 0
+
+
+def state_of(optimizer: Any, parameters: Tensors) -> tuple[Tensors, Tensors]:
+    """Float32 weights by logical name, where the optimizer keeps them, and slots by ``<logical name>.<slot>``."""
+    state = _inner(optimizer).state_dict()
+    master = state.pop("master_weights", {})
+    state.pop("LR_Scheduler", None)
+    return {name: master[p.name] for name, p in parameters.items() if p.name in master}, to_logical_names(
+        state, parameters
+    )
+
+
+def to_logical_names(state: Tensors, parameters: Tensors) -> Tensors:
+    """Slots by ``<logical name>.<slot>``; Paddle's own keys depend on the order of construction."""
+    by_paddle_name = sorted(((p.name, name) for name, p in parameters.items()), key=lambda pair: -len(pair[0]))
+    slots = {}
+    for key, value in state.items():
+        owner, name = next((o, n) for o, n in by_paddle_name if key.startswith(f"{o}_"))
+        slots[f"{name}.{key[len(owner) + 1 :]}"] = value
+    return slots
+
+
+def to_paddle_names(slots: dict[str, Any], parameters: Tensors) -> Tensors:
+    """The inverse of ``to_logical_names``, of arrays; slots of other parameters are left out."""
+    import paddle
+
+    state = {}
+    for name, p in parameters.items():
+        prefix = f"{name}."
+        for key in [k for k in slots if k.startswith(prefix) and "." not in k[len(prefix) :]]:
+            state[f"{p.name}_{key[len(prefix) :]}"] = paddle.to_tensor(slots[key])
+    return state
+
+
+def restore(
+    optimizer: Any,
+    parameters: Tensors,
+    slots: dict[str, Any],
+    master: dict[str, Any],
+    placed: MeshPlacement | None = None,
+) -> None:
+    """The inverse of ``state_of``.
+
+    Args:
+        optimizer: freshly built.
+        parameters: by logical name.
+        slots: arrays by ``<logical name>.<slot>``.
+        master: float32 weights by logical name, empty if there are none.
+        placed: where the parameters are, if the semi-auto engine has placed them.
+    """
+    import paddle
+
+    if placed:  # the slots have places too: they are made first
+        placed.make_slots(optimizer, list(parameters.values()))
+        own_master, own_slots = state_of(optimizer, parameters)
+        for there, values in ((own_master, master), (own_slots, slots)):
+            for key, value in values.items():
+                placed.put(there[key], paddle.to_tensor(value))
+        return
+    state: dict[str, Any] = to_paddle_names(slots, parameters)
+    if master:
+        state["master_weights"] = {p.name: paddle.to_tensor(master[n], dtype="float32") for n, p in parameters.items()}
+    optimizer.set_state_dict(state)
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer under what the semi-auto engine wraps around it, whose state may be asked for at any time."""
+    return vars(optimizer).get("_inner_opt", optimizer)

@@ -1,0 +1,1 @@
+"""Files, locks, signals, heartbeats, the terminal, this host."""

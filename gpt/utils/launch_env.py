@@ -1,0 +1,93 @@
+"""The launcher that started this process, read from the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PADDLE, SLURM, MPI = "paddle.distributed.launch", "srun", "mpirun"
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """This process among those that were started together; ``starter`` is empty if it was started alone.
+
+    A process looks after one rank, but for ``spread``: one process on every host, each with its share of the ranks.
+    """
+
+    starter: str = ""
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    spread: bool = False
+
+    def share(self, ranks: int) -> int:
+        """How many of the job's ranks each process looks after."""
+        return max(1, ranks // self.world) if self.spread else 1
+
+    def here(self, ranks: int) -> int:
+        """How many of the job's ranks run on this host."""
+        return self.local_size * self.share(ranks) if self.starter else ranks
+
+    def problems(self, ranks: int, product: str) -> list[str]:
+        """What does not fit between the processes that were started and the configured degrees.
+
+        Args:
+            ranks: the product of the degrees.
+            product: the same in words, ``4 = dp 2 x mp 2``.
+        """
+        if not self.starter or self.world * self.share(ranks) == ranks:
+            return []
+        option = " (srun -n, or --ntasks-per-node times the nodes)" if self.starter == SLURM else ""
+        return [
+            f"{self.starter} started {self.world:,} rank(s), but the degrees of parallel need {product}: "
+            f"start {ranks:,}{option}, or choose another parallel=..."
+        ]
+
+
+def detect(env: Mapping[str, str]) -> LaunchEnvironment:
+    """Read from the environment who we are.
+
+    Slurm counts only as a step with several tasks (``srun``): a batch script has SLURM_PROCID and SLURM_NTASKS too,
+    and a command in it runs once.
+
+    Example:
+        >>> detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}).starter
+        ''
+        >>> detect({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}).starter
+        'srun'
+    """
+
+    def number(key: str, default: int = 0) -> int:
+        text = env.get(key, "")
+        return int(text) if text.isdigit() else default
+
+    if env.get("PADDLE_TRAINER_ID", "").isdigit() and env.get("PADDLE_CURRENT_ENDPOINT"):
+        local = number("PADDLE_LOCAL_RANK", number("PADDLE_RANK_IN_NODE"))
+        world = number("PADDLE_TRAINERS_NUM", 1)
+        return LaunchEnvironment(PADDLE, number("PADDLE_TRAINER_ID"), world, local, number("PADDLE_LOCAL_SIZE", 1))
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID", ""))
+    if step.isdigit() and env.get("SLURM_PROCID", "").isdigit() and number("SLURM_STEP_NUM_TASKS") > 1:
+        sizes = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+        size = sizes[min(number("SLURM_NODEID"), len(sizes) - 1)]
+        world, local = number("SLURM_STEP_NUM_TASKS"), number("SLURM_LOCALID")
+        return LaunchEnvironment(SLURM, number("SLURM_PROCID"), world, local, size, spread=set(sizes) == {1})
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        local, size = number("OMPI_COMM_WORLD_LOCAL_RANK"), number("OMPI_COMM_WORLD_LOCAL_SIZE", 1)
+        return LaunchEnvironment(MPI, number("OMPI_COMM_WORLD_RANK"), number("OMPI_COMM_WORLD_SIZE"), local, size)
+    return LaunchEnvironment()
+
+
+def tasks_per_node(words: str) -> list[int]:
+    """Slurm's shorthand, written out.
+
+    Example:
+        >>> tasks_per_node("2(x3),1")
+        [2, 2, 2, 1]
+    """
+    counts = []
+    for word in words.split(","):
+        count, _, times = word.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts

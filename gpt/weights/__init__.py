@@ -1,1 +1,0 @@
-"""Weights from elsewhere and to elsewhere: other projects' files, names and layouts. No torch here."""

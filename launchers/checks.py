@@ -1,0 +1,105 @@
+"""What this machine has, found out without Paddle, and what it cannot run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from gpt.config.cluster import Device
+from gpt.config.derived import resolve_device
+from gpt.config.schema import Config, DType, EngineKind, Parallel, Task
+from gpt.utils import machine
+from gpt.utils.files import conf_dir
+
+TESTED_PADDLE = ("3.3.1",)
+INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.paddlepaddle.org.cn/en/install/quick"
+
+
+def mkl_settings() -> dict[str, str]:
+    """What the MKL in Paddle's wheel needs on this processor.
+
+    It is from 2019 and takes its slowest path on a processor that is not Intel's, unless told which one to take:
+    3.4 times the speed of a matrix product on an AMD EPYC.
+    """
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    return {"MKL_DEBUG_CPU_TYPE": "5"} if "AuthenticAMD" in info and " avx2 " in info else {}
+
+
+def presets_up_to(ranks: int) -> list[str]:
+    """Names of fleet's options of ``parallel`` that need no more ranks than that, the largest first."""
+    sizes = {}
+    for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
+        degrees: Any = OmegaConf.load(path)
+        if OmegaConf.missing_keys(degrees):
+            continue  # parallel=auto
+        if degrees.get("engine") == "auto":
+            continue  # the same degrees in other hands
+        sizes[path.stem] = math.prod([degrees.get(f"{name}_degree", 1) for name in ("dp", "sharding", "mp", "pp")])
+    return sorted((name for name, size in sizes.items() if size <= ranks), key=lambda name: -sizes[name])
+
+
+def problems(config: Config, ranks: int) -> list[str]:
+    """What this machine lacks for the job.
+
+    Args:
+        config: of the job.
+        ranks: that would run here, one per device.
+    """
+    found = []
+    package = machine.paddle_package()
+    if package is None:
+        found.append(f"PaddlePaddle is not installed: {INSTALL}")
+    if config.logger.tensorboard and not importlib.util.find_spec("tensorboardX"):
+        found.append("logger.tensorboard needs tensorboardX: pip install tensorboardX")
+    device = resolve_device(config)
+    if device is Device.gpu and package and package[0] != "paddlepaddle-gpu":
+        found.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")
+    elif device is Device.gpu and machine.gpus() == 0:
+        found.append("cluster.device=gpu, but there is no GPU here: use cluster.device=cpu")
+    elif device is Device.gpu and ranks > machine.gpus():
+        found.append(
+            f"{ranks:,} ranks need a GPU each, and this host has {machine.gpus()}: of the presets of parallel, "
+            f"{', '.join(presets_up_to(machine.gpus()))} fit; "
+            f"cluster.device=cpu simulates all {ranks:,} ranks on the CPU"
+        )
+    if device is Device.cpu and config.precision.dtype is not DType.fp32:
+        found.append(
+            f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "
+            "matrix product on the CPU; use precision=fp32"
+        )
+    if device is Device.cpu and config.task is Task.pretrain and config.parallel.engine is EngineKind.auto:
+        found += _without_kernels(config.parallel)
+    return found
+
+
+def _without_kernels(parallel: Parallel) -> list[str]:
+    """What the semi-auto engine cannot do on a CPU of Paddle 3.3: docs/parallel.md has the programs that show it."""
+    found = []
+    if parallel.sharding_degree > 1 and parallel.sharding_stage == 3:
+        found.append(
+            "parallel.engine=auto parallel.sharding_stage=3 needs a GPU: Paddle has no all_to_all on the CPU; "
+            "use parallel.sharding_stage=2, or parallel.engine=fleet"
+        )
+    if parallel.static and parallel.mp_degree > 1 and parallel.dp_degree * parallel.sharding_degree > 1:
+        found.append(
+            f"parallel.static=true with parallel.mp_degree={parallel.mp_degree} and "
+            f"{parallel.dp_degree * parallel.sharding_degree} replicas needs a GPU: on the CPU the program of a mesh "
+            "with two axes computes other losses; use parallel.static=false"
+        )
+    return found
+
+
+def warnings() -> list[str]:
+    """What is not wrong but was never tried."""
+    package = machine.paddle_package()
+    if package and package[1] not in TESTED_PADDLE:
+        return [f"{package[0]} {package[1]} was not tested with this project; {', '.join(TESTED_PADDLE)} was"]
+    return []

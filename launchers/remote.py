@@ -1,0 +1,119 @@
+"""Commands for other machines than this one: submitted to Slurm, or shown as what to start there."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt.config.cluster import ClusterKind
+from gpt.config.schema import Config
+from gpt.data.corpus import DatasetInfo
+from gpt.runs import run_dir as runs
+from gpt.runs.grid import Cell, Folder
+from gpt.utils.console import Console
+from gpt.utils.files import write_atomic
+from gpt.utils.signals import FAILED
+from launchers import driver, kubernetes, nodes
+from launchers.job import JobFailed
+from launchers.sweep import display, slurm_runner
+from launchers.sweep.display import CellOutcome
+
+
+def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Console) -> dict[str, CellOutcome]:
+    """All cells of a grid; returns what has become of each, as far as it is known.
+
+    Raises:
+        UserError: nothing was submitted.
+    """
+    if _shown(cells, folder, console, array=True):
+        return {cell.name: CellOutcome("shown") for cell in cells}
+    found = prepared(cells, console)
+
+    def wanted(cell: Cell) -> bool:
+        return not cell.trains or _makes_sense(cell, found[_data(cell)], console)
+
+    began = time.monotonic()
+    outcomes = slurm_runner.run(cells, folder, command, console, wanted=wanted)
+    if cells[0].config.cluster.wait:
+        display.closing(console, list(cells), outcomes, time.monotonic() - began)
+    return outcomes
+
+
+def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
+    """A command without ``-m``.
+
+    Raises:
+        UserError: nothing was submitted.
+        JobFailed: it was waited for, and ended with another code than 0.
+    """
+    console = Console()
+    cell, folder = Cell(overrides, config, run_dir), Folder(run_dir / "slurm")
+    if _shown([cell], folder, console, array=False):
+        return
+    data = driver.prepared(config, console) if cell.trains else None
+
+    def wanted(cell: Cell) -> bool:
+        return data is None or _makes_sense(cell, data, console)
+
+    command = ["python", "-m", "gpt.main", *overrides]
+    outcome = slurm_runner.run([cell], folder, command, console, wanted=wanted, array=False)[cell.name]
+    if outcome.code:
+        raise JobFailed("", outcome.code if outcome.code > 0 else FAILED)
+
+
+def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bool) -> bool:
+    """Show what is not submitted from here; whether that was all."""
+    config = cells[0].config
+    cluster = config.cluster
+    if cluster.kind is ClusterKind.slurm and not config.dry_run:
+        return False
+    if cluster.kind is ClusterKind.slurm:
+        for _, _, script in slurm_runner.scripts(cells, folder, array=array):
+            console.show(script)
+    elif cluster.kind is ClusterKind.nodes:
+        found = [nodes.commands(cell.config, cell.overrides, Path.cwd()) for cell in cells]
+        console.note("# To be started by you, at the same time, in this folder, which all hosts share:")
+        for number, host in enumerate(cluster.hosts):
+            console.note(f"# {host}")
+            for commands in found:
+                console.note(commands[number][1])
+    else:
+        text = kubernetes.text(kubernetes.manifest(cell.config, cell.name, cell.overrides) for cell in cells)
+        if cluster.output and not config.dry_run:
+            write_atomic(Path(cluster.output), text)
+            console.note(
+                f"{cluster.output}: {len(cells)} PaddleJob(s), not run here; kubectl apply -f {cluster.output}"
+            )
+        else:
+            console.show(text)
+    return True
+
+
+def prepared(cells: Sequence[Cell], console: Console) -> dict[str, DatasetInfo]:
+    """Tokenise what is not yet, once, before many cells do it at a time; the data of those that train, by what it is.
+
+    Raises:
+        UserError: it does not do for a cell.
+    """
+    different = {_data(cell): cell.config for cell in cells if cell.trains}
+    return {data: driver.prepared(config, console) for data, config in different.items()}
+
+
+def _data(cell: Cell) -> str:
+    return f"{cell.config.data} {cell.config.checkpoint}"
+
+
+def _makes_sense(cell: Cell, data: DatasetInfo, console: Console) -> bool:
+    """Whether there is something to do in the run's folder; if it is to begin afresh, what is there goes aside now.
+
+    Raises:
+        UserError: what is there is on other data.
+    """
+    decision = runs.resume_decision(cell.run_dir, cell.config, data)
+    if decision.aside:
+        os.rename(cell.run_dir, decision.aside)
+    for message in decision.messages:
+        console.note(message)
+    return decision.start

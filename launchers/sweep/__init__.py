@@ -1,0 +1,1 @@
+"""Many runs from one command: here, on Slurm, or as a search."""

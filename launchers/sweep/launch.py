@@ -1,0 +1,149 @@
+"""From Hydra's lists of overrides to a finished grid and its report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
+
+from gpt.config import cluster_rules
+from gpt.config.cluster import ClusterKind
+from gpt.runs import wandb_run
+from gpt.runs.grid import Cell, Folder, name_of
+from gpt.runs.report import report
+from gpt.runs.run_dir import NON_IDENTITY_KEYS
+from gpt.tasks import plan
+from gpt.utils.console import Console
+from gpt.utils.errors import UserError
+from gpt.utils.signals import FAILED
+from launchers import remote
+from launchers.job import JobFailed
+from launchers.sweep import checks, compose, local_runner
+from launchers.sweep.display import CellOutcome
+
+
+def launch(
+    loader: Any,
+    master: DictConfig,
+    all_overrides: Sequence[Sequence[str]],
+    *,
+    first: bool = True,
+) -> list[JobReturn]:
+    """Run a grid, or a batch of cells that a sweeper asks for.
+
+    Args:
+        loader: Hydra's config loader.
+        master: the configuration of the whole grid.
+        all_overrides: of every cell.
+        first: whether it is the first batch.
+
+    Raises:
+        UserError: a cell cannot be; nothing was started.
+        JobFailed: the grid was stopped.
+    """
+    console = Console()
+    if compose.is_plan(master):
+        plan.show_grid(compose.plans(loader, master, all_overrides), console)
+        return []
+    outputs = Path(str(master.hydra.sweep.dir))
+    composed = compose.compose(loader, master, all_overrides)
+    cells = _deduplicate(composed, console)
+    checks.together(cells, outputs)
+    elsewhere = cluster_rules.is_away(cells[0].config)
+    if not elsewhere:
+        remote.prepared(cells, console)
+    arguments = list(master.hydra.overrides.task)
+    folder = Folder(outputs / "grids" / (master.grid.name or name(arguments)))
+    for cell in cells:
+        label_for_wandb(cell, folder)
+    command = ["python", "-m", "gpt.main", *sys.argv[1:]]
+    # Composed, checked: from here on it matters where the cells run.
+    try:
+        if elsewhere:
+            _results_are_there(cells[0], master)
+            outcomes = remote.grid(cells, folder, command, console)
+        else:
+            outcomes = local_runner.run(cells, folder, command, console, first=first)
+    finally:
+        if not elsewhere or cells[0].config.cluster.wait:
+            close(folder, console, show=first)
+    return [_returned(cell, outcomes[cell.name]) for cell in composed]
+
+
+def close(folder: Folder, console: Console, *, show: bool = True) -> None:
+    """What a grid leaves, however it ended: its report, and what sends it to W&B."""
+    report.after(folder.path, console, show=show)
+    if later := wandb_run.commands(folder.path / "wandb"):
+        console.next_commands(later)
+
+
+def label_for_wandb(cell: Cell, folder: Folder) -> None:
+    """What W&B calls a cell, and the grid that it is of."""
+    wandb = cell.config.logger.wandb
+    wandb.group = wandb.group or folder.path.name
+    wandb.name = wandb.name or (cell.label if cell.differs else None)
+    wandb.links = wandb.links or str((folder.path / "wandb").resolve())
+
+
+def raise_for_failures(returns: Sequence[JobReturn]) -> None:
+    """End a grid.
+
+    Raises:
+        JobFailed: of so many cells, so many failed.
+    """
+    cells = {str(each.working_dir) + "".join(each.overrides or ()): each for each in returns}
+    failed = [each for each in cells.values() if each.status is JobStatus.FAILED]
+    if failed:
+        raise JobFailed(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again", FAILED)
+
+
+def _deduplicate(cells: list[Cell], console: Console) -> list[Cell]:
+    """The cells without those that are the same as an earlier one."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.name, []).append(cell)
+    for same in found.values():
+        if len(same) > 1:
+            names = " and ".join(dict.fromkeys(cell.label for cell in same[:5]))
+            why = "" if len({tuple(cell.overrides) for cell in same}) == 1 else ": they would compute the same"
+            console.warn(f"{len(same)} cells are one run, {same[0].name}, which runs once{why} ({names})")
+    return [same[0] for same in found.values()]
+
+
+def _results_are_there(cell: Cell, master: DictConfig) -> None:
+    """A sweeper that chooses by results must get them."""
+    chooses = not str(master.hydra.sweeper._target_).endswith("GridSweeper")
+    if chooses and not (cell.config.cluster.wait and cell.config.cluster.kind is ClusterKind.slurm):
+        raise UserError.of(
+            ["this search chooses by results, so it has to wait for them: cluster=slurm cluster.wait=true"]
+        )
+
+
+def name(arguments: list[str]) -> str:
+    """The default name of a grid: by its swept keys, and by what is fixed and changes what is computed."""
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    swept = [str(each.key_or_group) for each in parsed if each.is_sweep_override()]
+    fixed = [each for each in parsed if not each.is_sweep_override() and not _only_how(each.key_or_group)]
+    return name_of(swept, [each.input_line or "" for each in fixed])
+
+
+def _only_how(key: str) -> bool:
+    """Whether a key says how cells run or are shown, and not what they compute; the task is said as well."""
+    return key != "task" and any(key == known or key.startswith(f"{known}.") for known in NON_IDENTITY_KEYS)
+
+
+def _returned(cell: Cell, outcome: CellOutcome) -> JobReturn:
+    """What a sweeper is told: the validation loss, also of a pruned cell; None if the cell runs elsewhere."""
+    returned = JobReturn(overrides=cell.overrides, working_dir=str(cell.run_dir))
+    if outcome.bad:
+        returned.status = JobStatus.FAILED
+        returned.return_value = JobFailed(f"{cell.label}: {outcome.state} ({cell.name})", outcome.code or FAILED)
+    else:
+        returned.status = JobStatus.COMPLETED
+        returned.return_value = cell.value()
+    return returned

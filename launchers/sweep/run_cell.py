@@ -1,0 +1,36 @@
+"""Run a frozen cell: ``python -m launchers.sweep.run_cell FILE``, as grids and cluster scripts do.
+
+It is the driver of its run like any other: it checks this machine, starts the ranks, and ends with the exit codes of
+``gpt.main``. Hydra is not here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from gpt.runs.grid import Cell
+from gpt.utils.signals import die_with_parent
+from launchers import driver, exit_codes
+from launchers.sweep.pool import PARENT
+from launchers.sweep.slots import CORES
+
+
+def main() -> None:
+    """Run it."""
+    if parent := os.environ.pop(PARENT, ""):  # a pool: whatever ends it ends us, kindly
+        die_with_parent(int(parent))
+    if cores := os.environ.pop(CORES, ""):
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    exit_codes.run(_command)
+
+
+def _command() -> None:
+    cell = Cell.thaw(Path(sys.argv[1]))
+    driver.preflight(cell.config, cell.run_dir)
+    driver.run(cell.config, cell.run_dir, cell.overrides)
+
+
+if __name__ == "__main__":
+    main()
