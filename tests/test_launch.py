@@ -153,7 +153,7 @@ def test_ranks_that_leave_on_purpose_may_finish_saving(standin: Callable[[str], 
 def test_a_rank_that_ignores_the_end_is_ended(
     standin: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launchers_outcome, "END_SECONDS", 0.5)
+    monkeypatch.setattr(local, "END_SECONDS", 0.5)
     ready = str(tmp_path / "ready")
     body = (
         "if rank == 0:\n"

@@ -14,7 +14,6 @@ import pytest
 from conftest import ROOT
 
 from gpt.utils.files import Lock
-from launchers import outcome
 from launchers.sweep import pool as sweep_pool
 from launchers.sweep.pool import Pool, PoolJob, Running
 from launchers.sweep.slots import CORES, Slots
@@ -211,7 +210,7 @@ def test_a_signal_is_passed_on_and_what_waits_is_not_started(
 def test_a_second_signal_ends_what_does_not_end(
     made: Callable[..., Pool], entry: Callable[..., PoolJob], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outcome, "END_SECONDS", 0.1)
+    monkeypatch.setattr(sweep_pool, "END_SECONDS", 0.1)
     pool, sent, rounds = made(), 0, 0
 
     def look(running: list[Running]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import configured
 
 from gpt.config.schema import Config
-from gpt.inference import decoder, logprobs
+from gpt.inference import logprobs
 from gpt.inference.sampling import log_probabilities
 from gpt.model import token_scores
 from gpt.model.gpt import GPT
@@ -35,7 +35,7 @@ def model(small: list[str]) -> GPT:
 def test_scores_are_those_of_the_forward_pass(
     model: GPT, monkeypatch: pytest.MonkeyPatch, columns: int, logits: int
 ) -> None:
-    monkeypatch.setattr(decoder, "PREFILL_COLUMNS", columns)
+    monkeypatch.setattr(logprobs, "PREFILL_COLUMNS", columns)
     monkeypatch.setattr(token_scores, "LOGITS", logits)
     for text, scored in zip(TEXTS, logprobs.score(model, TEXTS), strict=True):
         assert len(scored.logprobs) == len(scored.best) == len(scored.best_logprobs) == len(text) - 1
