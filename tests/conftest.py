@@ -88,6 +88,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(params=["stored", "torch"])
+def reference(request: pytest.FixtureRequest) -> Any:
+    """What torch and transformers compute: as stored in tests/expected, and by themselves where they are installed."""
+    if request.param == "stored":
+        from foreign import Stored
+
+        return Stored()
+    for module in ("torch", "transformers"):
+        pytest.importorskip(module, reason=f"no {module} (the extra bench): compared with stored values only")
+    from scripts.make_expected import Torch
+
+    return Torch()
+
+
 @pytest.fixture
 def small(text: Path) -> list[str]:
     """Overrides of a small job on that text."""

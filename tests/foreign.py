@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +19,57 @@ from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint
 from gpt.train.trainer import Trainer
 from gpt.utils.arrays import Array
+from scripts import make_expected
 
-SHAPE = {"vocab_size": 300, "n_embd": 60, "n_head": 5, "n_layer": 2, "n_positions": 40}
-
-
-def gpt2(folder: Path, **changes: Any) -> Any:
-    """A GPT-2 of transformers with random weights, biases and norms too, saved to ``folder``; returns it."""
-    import torch
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    ends = {"bos_token_id": 0, "eos_token_id": 0}
-    shards = {"max_shard_size": changes.pop("max_shard_size")} if "max_shard_size" in changes else {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**SHAPE, **ends, **changes})).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        model.save_pretrained(folder, **shards)
-    return model
+VALUES = json.loads((make_expected.FOLDER / "expected.json").read_text(encoding="utf-8"))
+TOKENIZER = make_expected.FOLDER / "tokenizer.json"
 
 
-def torch_logits(model: Any, tokens_BT: Array) -> Array:
-    """Those of transformers."""
-    import torch
+class Stored:
+    """What ``make_expected.Torch`` returned when scripts/make_expected.py was run, under the same names."""
 
-    with torch.no_grad():
-        logits: Array = model(torch.from_numpy(tokens_BT)).logits.numpy()
-    return logits
+    def save(self, name: str, folder: Path) -> Path:
+        files = VALUES["folders"][name]
+        headers = {file: json.loads(value["header"]) for file, value in files.items() if isinstance(value, dict)}
+        for header in headers.values():
+            del header["__metadata__"]
+        drawn = make_expected.draw({key: tuple(t["shape"]) for header in headers.values() for key, t in header.items()})
+        folder.mkdir(parents=True)
+        for file, value in files.items():
+            if file not in headers:
+                (folder / file).write_text(value, encoding="utf-8")
+                continue
+            header, raw = headers[file], value["header"].encode()
+            order = sorted(header, key=lambda key: header[key]["data_offsets"])
+            whole = b"".join([len(raw).to_bytes(8, "little"), raw, *(drawn[key].tobytes() for key in order)])
+            assert hashlib.sha256(whole).hexdigest() == value["sha256"], f"{file} is not what transformers wrote"
+            (folder / file).write_bytes(whole)
+        return folder
+
+    def logits(self, name: str) -> Array:
+        with np.load(make_expected.FOLDER / "logits.npz") as arrays:
+            logits_BTV: Array = arrays[name]
+        return logits_BTV
+
+    def greedy(self, name: str, prompt: list[int], count: int) -> list[int]:
+        (row,) = (row for row in VALUES["greedy"][name] if row[: len(prompt)] == prompt)
+        assert len(row) == len(prompt) + count
+        return list(row)
+
+    def half(self, folder: Path) -> Path:
+        return Path(shutil.copy(make_expected.FOLDER / "half.safetensors", folder))
+
+    def ids(self, folder: Path) -> list[int]:
+        assert (folder / "tokenizer.json").read_bytes() == TOKENIZER.read_bytes()
+        return list(VALUES["ids"])
+
+    def count(self, model: str) -> list[float]:
+        return list(VALUES["counts"][model])
+
+
+def gpt2(folder: Path, name: str = "5 heads") -> Path:
+    """The folder of a GPT-2 with random weights, biases and norms too, as ``save_pretrained`` wrote it."""
+    return Stored().save(name, folder)
 
 
 def shape(found: checkpoint.Checkpoint) -> Model:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import harness
 import pytest
-from conftest import configured
+from conftest import ROOT, configured
 
 from gpt.config.derived import plain
 from gpt.plan import flops, memory
@@ -12,13 +14,13 @@ from gpt.plan.step_time import cost
 from scripts.bench_plan import runs
 
 DATA = ["data=tokens", "data.path=x"]
-# As torch's FlopCounterMode counts Hugging Face's GPT-2 of the same shape, both ways (scripts/bench_plan.py).
-COUNTED = {"124m": 854_654_976, "345m": 2_422_996_992, "175b": 1_061_947_441_152}
 
 
-@pytest.mark.parametrize("model", COUNTED)
-def test_flops_are_those_that_a_counter_finds(model: str) -> None:
-    assert flops.flops_per_token(configured([f"model={model}", *DATA]), causal=False) == COUNTED[model]
+@pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")))
+def test_parameters_and_flops_are_those_that_torch_counts(reference: Any, model: str) -> None:
+    """By ``FlopCounterMode`` over Hugging Face's GPT-2 of the same shape, both ways (scripts/bench_plan.py)."""
+    config = configured([f"model={model}", *DATA])
+    assert [flops.parameters(config), flops.flops_per_token(config, causal=False)] == reference.count(model)
 
 
 def test_steps_of_published_runs_of_large_models_are_predicted() -> None:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 import pytest
 from conftest import Ran, configured
 from foreign import fleetx_names, gpt2, random_parameters, save_fleetx
+from safetensors.numpy import load_file, save_file
 from test_weights import FLEETX, command, imported
 
 from gpt.data import tokenizer, tokenizer_files
@@ -25,8 +27,7 @@ from gpt.utils.errors import UserError
 
 @pytest.fixture
 def hf(tmp_path: Path) -> Path:
-    gpt2(tmp_path / "hf")
-    return tmp_path / "hf"
+    return gpt2(tmp_path / "hf")
 
 
 def refused(source: Path, tmp_path: Path, *more: str) -> str:
@@ -64,8 +65,7 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_refused_and_not_run(tmp_pat
 
 
 def test_a_tensor_that_reaches_beyond_its_numbers_is_refused(tmp_path: Path) -> None:
-    import torch
-
+    torch = pytest.importorskip("torch")
     torch.save({"a": torch.arange(6.0).as_strided((2, 3), (3, 1))}, tmp_path / "x.bin")
     with zipfile.ZipFile(tmp_path / "x.bin") as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
@@ -103,7 +103,7 @@ def test_a_configuration_that_this_gpt_does_not_compute(
 
 
 def test_an_untied_head(tmp_path: Path) -> None:
-    gpt2(tmp_path / "hf", tie_word_embeddings=False)
+    gpt2(tmp_path / "hf", "untied")
     assert "tied head only" in refused(tmp_path / "hf", tmp_path)
 
 
@@ -128,13 +128,11 @@ def test_files_that_are_not_there_or_damaged(hf: Path, tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:
-    import torch
-
-    model = gpt2(tmp_path / "hf")
-    state = model.state_dict()
-    state["transformer.h.0.mlp.c_fc.bias"][3] = torch.nan
-    torch.save(state, tmp_path / "hf/pytorch_model.bin")
-    config = command(tmp_path / "hf/pytorch_model.bin", tmp_path / "out")
+    file = gpt2(tmp_path / "hf") / "model.safetensors"
+    state = load_file(file)
+    state["transformer.h.0.mlp.c_fc.bias"][3] = np.nan
+    save_file(state, file)
+    config = command(file, tmp_path / "out")
     with pytest.raises(UserError, match=r"layers\.0\.fc1\.bias has values that are not finite"):
         import_weights.run(config, print)
     assert not (tmp_path / "out").exists()
