@@ -10,7 +10,7 @@ files; the versions are in expected.json. Tests marked ``[torch]`` compare with 
   ``draw`` gives again (the header of a safetensors file and the SHA-256 of the whole say whether they are the same);
   greedy continuations by ``generate``; the ids of ``TEXT``; parameters and FLOPs of a token of every model of
   conf/model, by torch's ``FlopCounterMode``.
-- logits.npz: of ``batch``, by ``GPT2LMHeadModel`` in float32 on the CPU.
+- logits.safetensors: of ``batch``, by ``GPT2LMHeadModel`` in float32 on the CPU.
 - half.safetensors: numbers in float16 and bfloat16 and what torch widens them to.
 - tokenizer.json: a byte-level BPE trained on a sentence.
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,7 +57,7 @@ TEXT = "the dog sat on the cat, été 1999"
 def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
     """Return parameters by name from seed 0: uniform with a deviation of 0.1, around 1 for weights of a LayerNorm.
 
-    Only multiplications of raw 24-bit numbers, so they are the same bits on every machine.
+    No function of a mathematical library is called, so they are the same bits on every machine.
     """
     rng, half = np.random.default_rng(0), np.float32(0.1 * 3**0.5)
     drawn = {}
@@ -69,8 +70,8 @@ def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
 def batch(name: str) -> Array:
     """Return the tokens [2, T] that a model of ``MODELS`` is compared on."""
     shape = {**SHAPE, **MODELS[name]}
-    tokens_BT: Array = np.random.default_rng(1).integers(0, 300, [2, 33])[:, : shape["n_positions"]]
-    return tokens_BT % shape["vocab_size"]
+    tokens_BT: Array = np.random.default_rng(1).integers(0, 300, [2, 33]) % shape["vocab_size"]
+    return tokens_BT[:, : shape["n_positions"]]
 
 
 @functools.cache
@@ -125,12 +126,12 @@ class Torch:
     def half(self, folder: Path) -> Path:
         """Write tensors [3, 5] "float16" and "bfloat16", and each "widened" to float32; return the file."""
         import torch
-        from safetensors.torch import save_file
+        from safetensors.torch import save_file as save_tensors
 
         values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
         tensors = {name: values.to(getattr(torch, name)) for name in ("float16", "bfloat16")}
         tensors |= {f"{name} widened": tensor.float() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "half.safetensors")
+        save_tensors(tensors, folder / "half.safetensors")
         return folder / "half.safetensors"
 
     def ids(self, folder: Path) -> list[int]:
@@ -162,7 +163,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     tokenizer.train([TRAINED_ON], 290, FOLDER / "tokenizer.json")
     reference.half(FOLDER)
-    np.savez_compressed(FOLDER / "logits.npz", **{name: reference.logits(name) for name in COMPUTED})
+    save_file({name: reference.logits(name) for name in COMPUTED}, FOLDER / "logits.safetensors")
     packages = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
     expected: dict[str, Any] = {"made_with": {name: version(name) for name in packages}, "folders": {}}
     with tempfile.TemporaryDirectory() as folder:

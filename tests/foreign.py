@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import paddle
+from safetensors.numpy import load_file
 
 from gpt.config.derived import typed
 from gpt.config.parameters import parameter_shapes
@@ -47,8 +48,7 @@ class Stored:
         return folder
 
     def logits(self, name: str) -> Array:
-        with np.load(make_expected.FOLDER / "logits.npz") as arrays:
-            logits_BTV: Array = arrays[name]
+        logits_BTV: Array = load_file(make_expected.FOLDER / "logits.safetensors")[name]
         return logits_BTV
 
     def greedy(self, name: str, prompt: list[int], count: int) -> list[int]:

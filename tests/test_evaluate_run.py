@@ -169,7 +169,7 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
     for key in ("HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
         monkeypatch.setenv(key, str(files / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import lm_eval
+    import lm_eval as eleuther  # gpt.lm_eval has the short name here
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
@@ -181,7 +181,7 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
     lm_eval.register()
     model = get_model("gpt")(checkpoint=str(whole), batch_size=3, device="cpu")
     manager = TaskManager(include_path=str(files), include_defaults=False)
-    ran = lm_eval.simple_evaluate(
+    ran = eleuther.simple_evaluate(
         model, tasks=["last_word", "texts", "go_on"], task_manager=manager, bootstrap_iters=0, log_samples=True
     )
     expected = last_words(hand)
