@@ -27,7 +27,7 @@ from gpt.train.trainer import Trainer
 def where(config: dict[str, Any]) -> dict[str, Any]:
     """This rank's place, and the sum of all ranks' numbers."""
     topology = Topology.initialize(typed(config))
-    place = {key: getattr(topology, key) for key in ("rank", "replica", "mp_rank", "stage", "speaks")}
+    place = {key: getattr(topology, key) for key in ("rank", "replica", "mp_rank", "stage", "reports_loss")}
     return {
         **place,
         "totals": topology.all_reduce_sum(topology.rank, 1.0),
