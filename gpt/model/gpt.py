@@ -15,6 +15,7 @@ from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 
 from gpt.config.derived import padded_vocab
+from gpt.config.parameters import Init, parameter
 from gpt.config.schema import Config, Recompute
 from gpt.model import cpu_decode, layers
 from gpt.model.kv_cache import Cache
@@ -111,12 +112,13 @@ class Block(nn.Layer):  # type: ignore[misc]
 
 
 def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
-    """Matrices and tables N(0, init_std), projections into the residual stream as configured, the rest as is."""
+    """Give parameters, by logical name, the initial values that the table states."""
     m = config.model
     for name, p in parameters.items():
-        if name.endswith(".weight") and ".norm" not in f".{name}":
-            into_residual = name.endswith((".out.weight", ".fc2.weight")) and m.scale_output_init
-            std = m.init_std / math.sqrt(2 * m.layers) if into_residual else m.init_std
+        init = parameter(name).init
+        if init is not Init.constant:
+            scaled = init is Init.residual and m.scale_output_init
+            std = m.init_std / math.sqrt(2 * m.layers) if scaled else m.init_std
             p.set_value(topology.local_shard(initial_value(config.seed, name, topology.global_shape(p), std), p))
 
 

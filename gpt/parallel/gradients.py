@@ -9,7 +9,7 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
-from gpt.parallel.topology import Topology, split_axis
+from gpt.parallel.topology import Topology, tp_axis
 
 BUCKET_ELEMENTS = 1 << 25  # that travel at once: 128 MiB in float32
 
@@ -47,7 +47,7 @@ def is_unique_parameter(topology: Topology, name: str, p: Tensor) -> bool:
 
     What every mp rank has is the first one's; the word table that the last stage has for its head is the first stage's.
     """
-    return not topology.is_shared_embedding_copy(name) and (topology.mp_rank == 0 or split_axis(p) is not None)
+    return not topology.is_shared_embedding_copy(name) and (topology.mp_rank == 0 or tp_axis(p) is not None)
 
 
 def broadcast_updated_parameters(topology: Topology, parameters: dict[str, Tensor], owner: dict[str, int]) -> None:

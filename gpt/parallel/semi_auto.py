@@ -14,8 +14,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.distributed.auto_parallel import api
 
-from gpt.config import parameters as parameter_table
-from gpt.config.parameters import MP, REPLICAS
+from gpt.config.parameters import MP, REPLICAS, parameter
 from gpt.config.schema import Parallel
 
 if TYPE_CHECKING:
@@ -25,13 +24,6 @@ if TYPE_CHECKING:
 def to_local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: the same memory."""
     return tensor._local_value() if tensor.is_dist() else tensor
-
-
-def split_axis(p: Tensor) -> int | None:
-    """The axis along which the mp ranks share a placed parameter out; None if each has all of it."""
-    names = p.process_mesh.dim_names
-    placement = p.placements[names.index(MP)] if MP in names else None
-    return int(placement.get_dim()) if placement is not None and placement.is_shard() else None
 
 
 @dataclass(frozen=True)
@@ -69,12 +61,12 @@ class MeshPlacement:
         axes = [wanted.get(name) for name in self.mesh.dim_names]
         return [dist.Replicate() if axis is None else dist.Shard(axis) for axis in axes]
 
-    def settle(self, prefix: str, part: nn.Layer) -> None:
-        """Put the parameters of a part of the model in their places; until now each rank has all of them."""
-        for path, layer in part.named_sublayers(include_self=True):
+    def settle(self, parameters: dict[str, Tensor], part: nn.Layer) -> None:
+        """Put the parameters of a part of the model, by logical name, in their places; until now each rank has all."""
+        axes = {id(p): parameter(name).tp_axis for name, p in parameters.items()}
+        for layer in part.sublayers(include_self=True):
             for name, p in list(layer._parameters.items()):
-                full = ".".join(word for word in (prefix, path, name) if word)
-                layer._parameters[name] = dist.shard_tensor(p, self.mesh, self._along(mp=parameter_table.tp_axis(full)))
+                layer._parameters[name] = dist.shard_tensor(p, self.mesh, self._along(mp=axes[id(p)]))
 
     def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The replicas' rows side by side: tensors of the whole micro batch of all replicas."""
@@ -94,6 +86,11 @@ class MeshPlacement:
                     whole = dist.reshard(p.grad, self.mesh, p.placements)
                     p.grad.get_tensor()._share_data_with(whole.get_tensor())
 
+    def _without_replicas(self, tensor: Tensor) -> list[Any]:
+        """Return the placements of a tensor that the replicas may split, but each of them with its whole mp shard."""
+        axes = zip(self.mesh.dim_names, tensor.placements, strict=True)
+        return [placement if axis == MP else dist.Replicate() for axis, placement in axes]
+
     def answers_for(self, tensor: Tensor) -> bool:
         """Whether this rank gives its part to a sum over all ranks: what several hold alike is the first one's."""
         places = zip(tensor.placements, tensor.process_mesh.dim_names, strict=True)
@@ -103,14 +100,14 @@ class MeshPlacement:
         """This rank's mp part of a parameter or slot, which the replicas may share out: all ask for it together."""
         if not tensor.is_dist():
             return tensor
-        return to_local(dist.reshard(tensor, self.mesh, self._along(mp=split_axis(tensor))))
+        return to_local(dist.reshard(tensor, self.mesh, self._without_replicas(tensor)))
 
     def put(self, tensor: Tensor, part: Tensor) -> None:
         """The inverse of ``together``: give ``tensor`` the values of this rank's mp part."""
         if not tensor.is_dist():
             tensor.set_value(part)
             return
-        whole = api.dtensor_from_local(part, self.mesh, self._along(mp=split_axis(tensor)))
+        whole = api.dtensor_from_local(part, self.mesh, self._without_replicas(tensor))
         to_local(tensor).copy_(to_local(dist.reshard(whole, self.mesh, tensor.placements)), False)
 
     def of_part(self, part: Tensor, where: list[Any]) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt.config.cluster import Device
 from gpt.config.derived import accumulate_steps, micro_batch_size, world_size
-from gpt.config.parameters import WORD
+from gpt.config.parameters import MP, parameter
 from gpt.config.schema import Config, EngineKind, Parallel
 from gpt.utils.arrays import Array
 from gpt.utils.rng import derive_seed
@@ -97,8 +97,8 @@ class Topology:
         return self.hcg is None or self.hcg.get_data_parallel_rank() == 0
 
     def is_shared_embedding_copy(self, name: str) -> bool:
-        """Whether this rank has the word table only for the head, on the last stage; it is the first stage's."""
-        return name == WORD and self.stage > 0
+        """Return whether this is the last stage's copy of the word table, which belongs to the first stage."""
+        return self.stage > 0 and parameter(name).shared
 
     @property
     def reports_loss(self) -> bool:
@@ -147,17 +147,17 @@ class Topology:
 
     def local_shard(self, whole: Array, p: paddle.Tensor) -> Array:
         """This rank's slice of a parameter's whole value."""
-        axis = split_axis(p)
+        axis = tp_axis(p)
         return whole if axis is None else np.split(whole, self.parallel.mp_degree, axis)[self.mp_rank]
 
     def local_shape(self, p: paddle.Tensor) -> list[int]:
         """Shape of this rank's slice of a parameter, whatever sharding leaves of it."""
-        axis = split_axis(p) if p.is_dist() else None
+        axis = tp_axis(p) if p.is_dist() else None
         return [size // (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
 
     def global_shape(self, p: paddle.Tensor) -> list[int]:
         """Shape of the parameter that ``p`` is a slice of; of a placed one it is its own."""
-        axis = None if p.is_dist() else split_axis(p)
+        axis = None if p.is_dist() else tp_axis(p)
         return [size * (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
 
     def seed(self, *parts: Any) -> None:
@@ -207,9 +207,9 @@ class Topology:
         return self.transpose_sequence_first(tensor_parallel.all_positions(x))
 
     def has_partial_gradient(self, name: str, p: paddle.Tensor) -> bool:
-        """Whether this mp rank's gradient of a parameter that all mp ranks have is of its own positions only."""
-        in_blocks = name.startswith(("layers.", "norm."))
-        return self.parallel.sequence_parallel and in_blocks and split_axis(p) is None
+        """Return whether the gradient covers this rank's positions only: replicated weights under sequence parallel."""
+        sequence_parallel = self.parallel.sequence_parallel and parameter(name).part != "embedding"
+        return sequence_parallel and tp_axis(p) is None
 
     @property
     def tp_degree(self) -> int:
@@ -222,13 +222,12 @@ class Topology:
         return range(self.stage * each, (self.stage + 1) * each)
 
 
-def split_axis(p: paddle.Tensor) -> int | None:
-    """The axis along which the mp ranks share out a parameter; None if each has all of it."""
-    if p.is_dist():
-        from gpt.parallel import semi_auto
-
-        return semi_auto.split_axis(p)
-    return int(p.split_axis) if getattr(p, "is_distributed", False) else None
+def tp_axis(p: paddle.Tensor) -> int | None:
+    """Return the axis along which a tensor is split over the tensor-parallel ranks; None: it is replicated."""
+    if not p.is_dist():
+        return int(p.split_axis) if getattr(p, "is_distributed", False) else None
+    placement = dict(zip(p.process_mesh.dim_names, p.placements, strict=True)).get(MP)
+    return int(placement.get_dim()) if placement is not None and placement.is_shard() else None
 
 
 def _join(config: Config) -> Any:

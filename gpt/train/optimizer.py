@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gpt.config.parameters import has_weight_decay
+from gpt.config.parameters import parameter
 from gpt.config.schema import Optimizer
 from gpt.utils.signals import GuardError
 
@@ -85,7 +85,7 @@ def build(
     """
     import paddle
 
-    decayed = {p.name for name, p in parameters.items() if has_weight_decay(name)}
+    decayed = {p.name for name, p in parameters.items() if parameter(name).weight_decay}
 
     def make(tensors: list[paddle.Tensor]) -> Any:
         return paddle.optimizer.AdamW(

@@ -77,16 +77,16 @@ class Trainer:
         from gpt.model.pipeline import Pipeline
 
         model = Pipeline(self.config, self.topology)
-        self._prepare("", model.logical_parameters(), model)
+        self._prepare(model.logical_parameters(), model)
         return model
 
     def _settle(self, prefix: str, part: paddle.nn.Layer) -> None:
         """A part of the model has been made: its first values, its element type, and what need not stay here."""
         parameters = {f"{prefix}.{name}": p for name, p in part.named_parameters()}
-        self._prepare(prefix, parameters, part)
+        self._prepare(parameters, part)
         self.shards.settle(parameters, part, block=prefix.startswith("layers."))
 
-    def _prepare(self, prefix: str, parameters: dict[str, paddle.Tensor], part: paddle.nn.Layer) -> None:
+    def _prepare(self, parameters: dict[str, paddle.Tensor], part: paddle.nn.Layer) -> None:
         if self.training:
             initialise(self.config, self.topology, parameters)
         if self.low_precision and self.training:
@@ -94,7 +94,7 @@ class Trainer:
         elif self.low_precision:
             part.to(dtype=PADDLE_DTYPE[self.config.precision.dtype])
         if self.topology.placed:
-            self.topology.placed.settle(prefix, part)
+            self.topology.placed.settle(parameters, part)
 
     def _autocast(self) -> Any:
         dtype = PADDLE_DTYPE[self.config.precision.dtype] if self.low_precision else "float16"

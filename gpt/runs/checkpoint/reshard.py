@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from gpt.parallel.topology import Topology, split_axis
+from gpt.parallel.topology import Topology, tp_axis
 from gpt.utils.arrays import Array
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def shard_range(topology: Topology, p: Tensor, shape: list[int]) -> ShardRange:
 
     Example: of 384 rows three ranks with 256 each have 0 to 256, 256 to 384, and 384 to 384.
     """
-    axis = split_axis(p)
+    axis = tp_axis(p)
     if axis is None:
         return ShardRange(0, 0, shape[0])
     size = topology.local_shape(p)[axis]
