@@ -13,9 +13,8 @@ from gpt.data.corpus import DatasetInfo
 from gpt.runs import run_dir as runs
 from gpt.runs.grid import Cell, Folder
 from gpt.utils.console import Console
-from gpt.utils.files import write_atomic
 from gpt.utils.signals import FAILED
-from launchers import driver, kubernetes, nodes
+from launchers import driver, nodes
 from launchers.job import JobFailed
 from launchers.sweep import display, slurm_runner
 from launchers.sweep.display import CellOutcome
@@ -72,22 +71,13 @@ def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bo
     if cluster.kind is ClusterKind.slurm:
         for _, _, script in slurm_runner.scripts(cells, folder, array=array):
             console.show(script)
-    elif cluster.kind is ClusterKind.nodes:
+    else:
         found = [nodes.commands(cell.config, cell.overrides, Path.cwd()) for cell in cells]
         console.note("# To be started by you, at the same time, in this folder, which all hosts share:")
         for number, host in enumerate(cluster.hosts):
             console.note(f"# {host}")
             for commands in found:
                 console.note(commands[number][1])
-    else:
-        text = kubernetes.text(kubernetes.manifest(cell.config, cell.name, cell.overrides) for cell in cells)
-        if cluster.output and not config.dry_run:
-            write_atomic(Path(cluster.output), text)
-            console.note(
-                f"{cluster.output}: {len(cells)} PaddleJob(s), not run here; kubectl apply -f {cluster.output}"
-            )
-        else:
-            console.show(text)
     return True
 
 
