@@ -23,6 +23,7 @@ from gpt.train import evaluator
 from gpt.train.trainer import Trainer
 from gpt.utils.console import say
 from gpt.utils.errors import UserError
+from gpt.utils.launch_env import WorkerEnv
 from gpt.utils.signals import BAD_INPUT
 from launchers import checks, local
 
@@ -98,14 +99,13 @@ class EvalModel:
 
 # A trained model in EleutherAI's lm-eval harness, which needs no torch for it:
 
-READY = "GPT_HARNESS_READY"  # in the environment: threads and allocator are set
 MISSING = "the lm-eval harness is not installed: pip install 'gpt-runner[lm-eval]'"
 
 
 def main() -> None:
     """Run ``lm-eval run --model gpt`` with the arguments of this command."""
-    if READY not in os.environ:  # before Paddle starts, threads and allocator must be in the environment
-        environment = {**local.environment(Config(), 1, live=False), READY: "1"}
+    if not WorkerEnv.from_env(os.environ).tuned:
+        environment = local.environment(Config(), 1, WorkerEnv(tuned=True))
         os.execve(sys.executable, [sys.executable, "-m", "gpt.lm_eval", *sys.argv[1:]], environment)
     try:
         from lm_eval.__main__ import cli_evaluate

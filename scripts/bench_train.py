@@ -170,7 +170,7 @@ def start(variant: str, arguments: argparse.Namespace, config: Config) -> subpro
     elif variant == "hf":
         env = {**os.environ, "OMP_NUM_THREADS": str(machine.cores()), "GLIBC_TUNABLES": local.MALLOC}
     else:
-        env = local.environment(config, 1, live=False)
+        env = local.environment(config, 1)
     options = ["--model", arguments.model, "--batch", str(arguments.batch), "--dropout", str(arguments.dropout)]
     return child_of(__file__, [*options, "--serve", variant], env)
 

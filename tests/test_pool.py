@@ -16,7 +16,7 @@ from conftest import ROOT
 from gpt.utils.files import Lock
 from launchers.sweep import pool as sweep_pool
 from launchers.sweep.pool import Pool, PoolJob, Running
-from launchers.sweep.slots import CORES, Slots
+from launchers.sweep.slots import Slots
 
 
 class Noted:
@@ -242,12 +242,12 @@ def test_one_job_can_be_ended_while_the_others_go_on(made: Callable[..., Pool], 
 JOB = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from gpt.utils import signals
+from gpt.utils import launch_env, signals
 def save(number, frame):
     time.sleep(0.6)  # while its driver is dead already
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-signals.die_with_parent(int(os.environ["GPT_GRID_PID"]))
+signals.die_with_parent(launch_env.WorkerEnv.from_env(os.environ).parent)
 print("ready", os.getpid(), flush=True)
 time.sleep(60)
 """
@@ -287,9 +287,10 @@ def test_a_job_has_as_many_cores_per_slot_whichever_slots_it_gets(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 18)))
     two = Slots(4, gpu=False, folder=tmp_path)
-    assert [two.environment([slot])[CORES] for slot in range(4)] == ["10,11", "12,13", "14,15", "16,17"]
-    assert two.environment([0, 3])[CORES] == "10,11,16,17"
+    assert [two.cores([slot]) for slot in range(4)] == [(10, 11), (12, 13), (14, 15), (16, 17)]
+    assert two.cores([0, 3]) == (10, 11, 16, 17)
     shared = Slots(16, gpu=False, folder=tmp_path)
-    assert shared.environment([1])[CORES] == shared.environment([9])[CORES] == "11"
+    assert shared.cores([1]) == shared.cores([9]) == (11,)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
-    assert Slots(3, gpu=True, folder=tmp_path).environment([0, 2]) == {"CUDA_VISIBLE_DEVICES": "4,7"}
+    gpus = Slots(3, gpu=True, folder=tmp_path)
+    assert (gpus.visible_gpus([0, 2]), gpus.cores([0, 2])) == ({"CUDA_VISIBLE_DEVICES": "4,7"}, ())

@@ -20,9 +20,11 @@ from gpt.parallel import pipeline_comm
 from gpt.parallel.topology import Topology
 from gpt.runs.run_dir import Job
 from gpt.train.trainer import Trainer
-from gpt.utils import heartbeat, terminal
+from gpt.utils import heartbeat
 from gpt.utils.console import say
+from gpt.utils.launch_env import WorkerEnv
 from gpt.utils.signals import Signals
+from gpt.utils.terminal import Terminal
 
 IDLE_SECONDS = 5.0  # after which ranks that wait for a prompt hear that there is none yet
 
@@ -31,21 +33,19 @@ def run(job: Job, signals: Signals) -> int:
     """Continue the prompts that the job names, or those that are typed; returns the exit code."""
     topology = Topology.initialize(job.config)
     writer = Generator.of(job, topology)
-    line = terminal.TerminalClient.from_environment() if topology.rank == 0 else None
+    terminal = Terminal() if topology.rank == 0 and WorkerEnv.from_env(os.environ).terminal else None
     if job.config.generate.interactive:
-        _converse(job, writer, topology, line, signals)
+        _converse(job, writer, topology, terminal, signals)
     else:
-        _write(job, writer, topology, line, signals)
+        _write(job, writer, topology, terminal, signals)
     return 128 + signals.received if signals.received else 0
 
 
-def _write(
-    job: Job, writer: Generator, topology: Topology, line: terminal.TerminalClient | None, signals: Signals
-) -> None:
+def _write(job: Job, writer: Generator, topology: Topology, terminal: Terminal | None, signals: Signals) -> None:
     """Continue all prompts, some side by side, the replicas sharing them out."""
     settings = job.config.generate
     prompts, sampling = inference_prompts.read(settings), Sampling.of(settings, job.config.seed)
-    live = line if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
+    live = terminal if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
     if live:
         live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
     on_piece, first = _Shown(live), 0
@@ -135,68 +135,73 @@ def record(file: Path, rows: list[dict[str, Any]]) -> None:
         out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _converse(
-    job: Job, writer: Generator, topology: Topology, line: terminal.TerminalClient | None, signals: Signals
-) -> None:
+def _converse(job: Job, writer: Generator, topology: Topology, terminal: Terminal | None, signals: Signals) -> None:
     """Continue every line that is typed, until the input ends."""
     sampling, number = Sampling.of(job.config.generate, job.config.seed), 0
-    if line:
-        line.show(f"step {writer.step:,}; type the beginning of a text, Ctrl-D ends\n")
-    while (prompt := _next_prompt(topology, line, signals)) is not None:
+    if terminal:
+        terminal.show(f"step {writer.step:,}; type the beginning of a text, Ctrl-D ends\n")
+    while (prompt := _next_prompt(topology, terminal, signals)) is not None:
         tokens = writer.encode(prompt)
         if not 0 < len(tokens) <= writer.positions:
-            if line:
-                line.show(f"that is {len(tokens):,} tokens; from 1 to {writer.positions:,} can be continued\n")
+            if terminal:
+                terminal.show(f"that is {len(tokens):,} tokens; from 1 to {writer.positions:,} can be continued\n")
             continue
-        if line and sampling.num_beams == sampling.num_return_sequences == 1:
-            line.show(prompt)
-        asked = replace(sampling, seed=sampling.seed + number)  # the same line again: another text
+        if terminal and sampling.num_beams == sampling.num_return_sequences == 1:
+            terminal.show(prompt)
+        varied = replace(sampling, seed=sampling.seed + number)  # the same line again: another text
         number += 1
-        on_piece = _Shown(line)
-        found = writer.write([tokens], asked, on_piece, lambda: not _stopped(topology, signals))
-        if line:
-            shown = "" if on_piece.shown else "\n".join(f"{prompt}{text.text}" for text in found[0])
-            line.show(f"{shown}\n\n")
-            record(job.run_dir / "samples.jsonl", list(_rows([prompt], found, writer.step)))
+        on_piece = _Shown(terminal)
+        texts = writer.write([tokens], varied, on_piece, lambda: not _stopped(topology, signals))
+        if terminal:
+            rest = "" if on_piece.shown else "\n".join(f"{prompt}{text.text}" for text in texts[0])
+            terminal.show(f"{rest}\n\n")
+            record(job.run_dir / "samples.jsonl", list(_rows([prompt], texts, writer.step)))
 
 
 class _Shown:
     """Shows pieces of the first text; of several texts they would be mixed up."""
 
-    def __init__(self, line: terminal.TerminalClient | None) -> None:
-        self._line = line
+    def __init__(self, terminal: Terminal | None) -> None:
+        self._terminal = terminal
         self.shown = False
 
     def __call__(self, piece: TextDelta) -> None:
         heartbeat.beat(piece.tokens, "generate")
-        if self._line and piece.sequence == 0:
+        if self._terminal and piece.sequence == 0:
             self.shown = True
-            self._line.show(piece.text)
+            self._terminal.show(piece.text)
 
 
 def _stopped(topology: Topology, signals: Signals) -> bool:
-    """Whether a signal has come to the first rank: ranks that work together stop together."""
+    """Whether rank 0 has received a signal: ranks that work together stop together."""
     return bool(pipeline_comm.broadcast_object(topology, bool(signals.received)))
 
 
-def _next_prompt(topology: Topology, line: terminal.TerminalClient | None, signals: Signals) -> str | None:
-    """What is typed next, on all ranks; None at the end."""
-    if line:
-        line.ask("> ")
-    while True:
-        heartbeat.beat(0, "wait for a prompt")
-        heard: dict[str, Any] | None = None
-        if line:
-            heard = {"line": None} if signals.received else line.answer(IDLE_SECONDS if topology.hcg else 0.5)
-        heard = pipeline_comm.broadcast_object(topology, heard)
-        if heard is not None:
-            found: str | None = heard["line"]
-            if line and found is None:
-                line.show("\n")
-            if found != "":
-                return found
-            if line:
-                line.ask("> ")
+def _next_prompt(topology: Topology, terminal: Terminal | None, signals: Signals) -> str | None:
+    """Return the next typed line on all ranks; None at the end of the input or after a signal."""
+    prompt: str | None = ""
+    while prompt == "":
+        if terminal:
+            terminal.show("> ")
+        line: list[str | None] = []
+        while not line:
+            heartbeat.beat(0, "wait for a prompt")
+            if terminal:
+                line = _read_line(terminal, signals, IDLE_SECONDS if topology.hcg else 0.5)
+            line = pipeline_comm.broadcast_object(topology, line)
+        (prompt,) = line
+    if terminal and prompt is None:
+        terminal.show("\n")
+    return prompt
+
+
+def _read_line(terminal: Terminal, signals: Signals, seconds: float) -> list[str | None]:
+    """Return the line that is typed within that time, if any; None in its place at the end."""
+    try:
+        line = None if signals.received else terminal.read_line(seconds)
+        return [line] if line is not None or signals.received else []
+    except EOFError:
+        return [None]
 
 
 def sample_text(job: Job, engine: Trainer, step: int) -> bool:

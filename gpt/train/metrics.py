@@ -19,6 +19,7 @@ from gpt.plan import flops
 from gpt.plan.devices import peak_here
 from gpt.train.trainer import StepResult
 from gpt.utils.console import say
+from gpt.utils.launch_env import WorkerEnv
 
 WARM_UP_STEPS = 3  # left out of the typical step: they fill caches
 
@@ -98,7 +99,7 @@ class Meter:
 
     def show(self, record: dict[str, Any]) -> None:
         """A plain line, unless the driver draws a live display from the records."""
-        if os.environ.get("GPT_LIVE") and "val/loss" not in record:
+        if WorkerEnv.from_env(os.environ).live and "val/loss" not in record:
             return
         last = self.config.trainer.max_steps
         left = int((last - record["step"]) * self.typical_seconds())

@@ -18,15 +18,12 @@ from types import FrameType
 from typing import Protocol
 
 from gpt.utils.files import Lock
+from gpt.utils.launch_env import WorkerEnv
 from launchers.outcome import END_SECONDS, GRACE_SECONDS
 from launchers.sweep.slots import SlotLease, Slots
 
 POLL_SECONDS = 0.1
 ELSEWHERE_SECONDS = 1.0  # between looks at what somebody else runs
-# Variables that a job is started with.
-PARENT = "GPT_GRID_PID"  # ends with it
-RUN_LOCK = "GPT_RUN_LOCK"  # descriptor of its run's lock
-SLOT_LOCKS = "GPT_SLOT_LOCKS"  # descriptors of its slots' locks
 
 
 @dataclass
@@ -194,16 +191,20 @@ class Pool:
 
     def _start(self, entry: PoolJob, taken: SlotLease) -> Running:
         entry.log.parent.mkdir(parents=True, exist_ok=True)
+        settings = WorkerEnv(
+            parent=os.getpid(),
+            cores=self.slots.cores(taken.numbers),
+            run_lock=entry.lock.descriptor,
+            slot_locks=taken.descriptors,
+        )
         with open(entry.log, "ab") as log:
             output = log.tell()
             process = subprocess.Popen(
                 entry.command,
                 env={
                     **os.environ,
-                    **self.slots.environment(taken.numbers),
-                    PARENT: str(os.getpid()),
-                    RUN_LOCK: str(entry.lock.descriptor),
-                    SLOT_LOCKS: ",".join(map(str, taken.descriptors)),
+                    **self.slots.visible_gpus(taken.numbers),
+                    **settings.to_env(),
                     "PYTHONUNBUFFERED": "1",
                 },
                 stdin=subprocess.DEVNULL,

@@ -16,8 +16,6 @@ from pathlib import Path
 from gpt.utils import machine
 from gpt.utils.files import Lock
 
-CORES = "GPT_CORES"  # what a job is to keep to
-
 
 @dataclass
 class SlotLease:
@@ -99,18 +97,20 @@ class Slots:
         with open(self._folder / "starts", "ab") as file:
             file.write(b".")
 
-    def environment(self, numbers: Sequence[int]) -> dict[str, str]:
-        """What keeps a job to its slots: the GPUs it sees, or the cores it may use.
+    def visible_gpus(self, slots: Sequence[int]) -> dict[str, str]:
+        """Return the variable that limits a job to the GPUs of its slots; nothing where slots are cores."""
+        if not self.gpu:
+            return {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(i) for i in range(machine.gpus())]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot] for slot in slots)}
 
-        It has as many cores per slot whichever slots it gets, so it has as many threads when it is resumed.
+    def cores(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Return the CPU cores of some slots, () where slots are GPUs.
+
+        Each slot has equally many cores, so a job has the same number of threads when it is resumed on other slots.
         """
-        if self.gpu:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            names = visible.split(",") if visible else [str(i) for i in range(machine.gpus())]
-            return {"CUDA_VISIBLE_DEVICES": ",".join(names[slot] for slot in numbers)}
-        return {CORES: ",".join(map(str, sorted(set().union(*(self._cores(slot) for slot in numbers)))))}
-
-    def _cores(self, slot: int) -> set[int]:
         cores = sorted(os.sched_getaffinity(0))
         each = len(cores) // self.count
-        return set(cores[slot * each : (slot + 1) * each]) if each else {cores[slot % len(cores)]}
+        shares = [cores[s * each : (s + 1) * each] or [cores[s % len(cores)]] for s in slots] if not self.gpu else []
+        return tuple(sorted(set().union(*shares)))
