@@ -19,7 +19,6 @@ from gpt.inference.generator import Generator
 from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint as checkpoints
 from gpt.runs.run_dir import Job
-from gpt.train import evaluator
 from gpt.train.trainer import Trainer
 from gpt.utils.console import say
 from gpt.utils.errors import UserError
@@ -71,7 +70,7 @@ class EvalModel:
         contexts, endings = ([np.array(pair[part], dtype=np.int64) for pair in pairs] for part in (0, 1))
         rows = Continuations(contexts, endings, self.length)
         found = [(0.0, True)] * len(pairs)
-        for first, some in evaluator.scored(self._engine, rows, batch_size):
+        for first, some in self._engine.evaluator.row_scores(rows, batch_size):
             for i, (nll, tokens, right) in enumerate(zip(some.nll_B, some.tokens_B, some.right_B, strict=True)):
                 found[rows.order[first + i]] = -float(nll), bool(right == tokens)
         return found

@@ -95,8 +95,8 @@ def make_step(variant: str, config: Config) -> Callable[[], float]:
             loss = engine.model.loss(inputs, labels, mask, float(mask.size))
             loss.backward()
             grad_norm.clip(parameters, grad_norm.global_norm(parameters), config.optimizer.clip_norm)
-            engine.optimizer.step()
-            engine.optimizer.clear_grad(set_to_zero=False)
+            engine.strategy.optimizer.step()
+            engine.strategy.optimizer.clear_grad(set_to_zero=False)
             return float(loss.item())
 
         engine.model.train()

@@ -19,7 +19,6 @@ from gpt.runs.checkpoint import checkpoint, shard_files
 from gpt.runs.checkpoint import saver as checkpoint_saver
 from gpt.runs.run_dir import Job
 from gpt.tasks.generate import in_batches
-from gpt.train import evaluator
 from gpt.train.optimizer import DynamicLossScaler
 from gpt.train.trainer import Trainer
 
@@ -163,4 +162,4 @@ def measured(config: dict[str, Any]) -> list[dict[str, float]]:
 
     job = typed(config)
     engine = Trainer(job, Topology.initialize(job))
-    return [vars(evaluator.sums(engine, rows, 2)) for rows in (TOKENS, SENTENCES)]
+    return [vars(engine.evaluator.totals(rows, 2)) for rows in (TOKENS, SENTENCES)]

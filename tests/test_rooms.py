@@ -120,4 +120,4 @@ def test_the_cpu_adapter_is_imported_where_the_device_is_a_cpu_and_nowhere_else(
                 inside = [n for n in node.body if isinstance(n, ast.ImportFrom) and n.names[0].name in adapter]
                 guarded += [(path.name, n.names[0].name, ast.unparse(node.test)) for n in inside]
         assert not any(isinstance(n, ast.ImportFrom) and n.names[0].name in adapter for n in tree.body), path
-    assert sorted(guarded) == [("topology.py", "gloo", "on_cpu"), ("topology.py", "semi_auto_gloo", "on_cpu")]
+    assert sorted(guarded) == [("strategy.py", "semi_auto_gloo", "on_cpu"), ("topology.py", "gloo", "on_cpu")]

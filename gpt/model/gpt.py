@@ -24,7 +24,7 @@ from gpt.parallel.topology import Topology
 from gpt.utils.arrays import Array
 from gpt.utils.rng import initial_value
 
-Settle = Callable[[str, nn.Layer], None]
+OnBuilt = Callable[[str, nn.Layer], None]
 
 
 class Attention(nn.Layer):  # type: ignore[misc]
@@ -128,11 +128,11 @@ class GPT(nn.Layer):  # type: ignore[misc]
     Args:
         config: of the job; reads ``model``, ``parallel`` and ``seed``.
         topology: of this rank; gives the linears.
-        settle: told of each part as soon as it is made, with the prefix of its names: what need not stay here can go
-            before the next part comes.
+        on_built: called with each part as soon as it is built, and the prefix of its parameters' names; may free
+            memory before the next part is built.
     """
 
-    def __init__(self, config: Config, topology: Topology, settle: Settle = lambda prefix, part: None) -> None:
+    def __init__(self, config: Config, topology: Topology, on_built: OnBuilt = lambda prefix, part: None) -> None:
         super().__init__()
         m = config.model
         self.config = config
@@ -140,17 +140,17 @@ class GPT(nn.Layer):  # type: ignore[misc]
         first, last = topology.stage == 0, topology.stage == topology.parallel.pp_degree - 1
         if first or last:
             self.word = layers.embedding(topology, padded_vocab(config), m.hidden)
-            settle("word", self.word)
+            on_built("word", self.word)
         if first:
             self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
-            settle("position", self.position)
+            on_built("position", self.position)
         if last:
             self.norm = layers.LayerNorm(m.hidden, m.layer_norm_eps)
-            settle("norm", self.norm)
+            on_built("norm", self.norm)
         self.layers = nn.LayerDict()
         for i in topology.stage_layers(m.layers):
             self.layers[str(i)] = Block(config, topology, i)
-            settle(f"layers.{i}", self.layers[str(i)])
+            on_built(f"layers.{i}", self.layers[str(i)])
 
     @property
     def dtype(self) -> str:

@@ -20,9 +20,6 @@ def sum_gradients(topology: Topology, parameters: dict[str, Tensor]) -> None:
     Sharding stages 2 and 3 have done so over the sharding group already. Under sequence parallel, what every mp rank
     has of a block is added up over them too.
     """
-    if topology.placed:
-        topology.placed.sum_gradients(parameters)
-        return
     groups = topology.gradient_groups
     seen_in_part = [
         p.grad for name, p in parameters.items() if p.grad is not None and topology.has_partial_gradient(name, p)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: the same memory."""
+    """Return the shard that this rank holds of a tensor: the same memory."""
     return tensor._local_value() if tensor.is_dist() else tensor
 
 
@@ -61,25 +61,25 @@ class MeshPlacement:
         axes = [wanted.get(name) for name in self.mesh.dim_names]
         return [dist.Replicate() if axis is None else dist.Shard(axis) for axis in axes]
 
-    def settle(self, parameters: dict[str, Tensor], part: nn.Layer) -> None:
-        """Put the parameters of a part of the model, by logical name, in their places; until now each rank has all."""
+    def shard_parameters(self, parameters: dict[str, Tensor], part: nn.Layer) -> None:
+        """Make distributed tensors of a part's parameters, given by logical name; until now each rank has all."""
         axes = {id(p): parameter(name).tp_axis for name, p in parameters.items()}
         for layer in part.sublayers(include_self=True):
             for name, p in list(layer._parameters.items()):
                 layer._parameters[name] = dist.shard_tensor(p, self.mesh, self._along(mp=axes[id(p)]))
 
-    def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The replicas' rows side by side: tensors of the whole micro batch of all replicas."""
+    def shard_inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return tensors of the micro batch of all replicas, of which this replica holds its rows."""
         return tuple(api.dtensor_from_local(tensor, self.mesh, self._along(replicas=0)) for tensor in tensors)
 
-    def optimizer(self, inner: Any) -> Any:
-        """An optimizer that shares its state out as the sharding stage says."""
+    def shard_optimizer(self, inner: Any) -> Any:
+        """Wrap an optimizer so that its state is split as the sharding stage says."""
         stages = {0: None, 1: dist.ShardingStage1, 2: dist.ShardingStage2, 3: dist.ShardingStage3}
         stage = stages[self.sharding_stage]
         return dist.shard_optimizer(inner, stage(REPLICAS, self.mesh) if stage else None)
 
     def sum_gradients(self, parameters: dict[str, Tensor]) -> None:
-        """What each replica has found of a gradient is added up."""
+        """Sum the partial gradients over the replicas, in place."""
         with paddle.no_grad():
             for p in parameters.values():
                 if p.grad is not None and any(placement.is_partial() for placement in p.grad.placements):
@@ -91,29 +91,29 @@ class MeshPlacement:
         axes = zip(self.mesh.dim_names, tensor.placements, strict=True)
         return [placement if axis == MP else dist.Replicate() for axis, placement in axes]
 
-    def answers_for(self, tensor: Tensor) -> bool:
-        """Whether this rank gives its part to a sum over all ranks: what several hold alike is the first one's."""
+    def is_unique_shard(self, tensor: Tensor) -> bool:
+        """Return whether a sum over all ranks counts this rank's shard: of replicated shards the first rank's."""
         places = zip(tensor.placements, tensor.process_mesh.dim_names, strict=True)
         return all(placement.is_shard() or self.place_of[axis] == 0 for placement, axis in places)
 
-    def together(self, tensor: Tensor) -> Tensor:
-        """This rank's mp part of a parameter or slot, which the replicas may share out: all ask for it together."""
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return this rank's tensor-parallel shard of a parameter or slot that the replicas may split; collective."""
         if not tensor.is_dist():
             return tensor
         return to_local(dist.reshard(tensor, self.mesh, self._without_replicas(tensor)))
 
-    def put(self, tensor: Tensor, part: Tensor) -> None:
-        """The inverse of ``together``: give ``tensor`` the values of this rank's mp part."""
+    def load_local(self, tensor: Tensor, part: Tensor) -> None:
+        """Set ``tensor`` to the values of this rank's tensor-parallel shard: the inverse of ``gather``."""
         if not tensor.is_dist():
             tensor.set_value(part)
             return
         whole = api.dtensor_from_local(part, self.mesh, self._without_replicas(tensor))
         to_local(tensor).copy_(to_local(dist.reshard(whole, self.mesh, tensor.placements)), False)
 
-    def of_part(self, part: Tensor, where: list[Any]) -> Tensor:
-        """A tensor of which this rank has this part."""
-        return api.dtensor_from_local(part, self.mesh, where)
+    def from_local(self, part: Tensor, placements: list[Any]) -> Tensor:
+        """Return the distributed tensor of which ``part`` is this rank's shard."""
+        return api.dtensor_from_local(part, self.mesh, placements)
 
-    def make_slots(self, optimizer: Any, parameters: list[Tensor]) -> None:
-        """Let a new optimizer have its slots, in their places, before the first update."""
+    def init_optimizer_state(self, optimizer: Any, parameters: list[Tensor]) -> None:
+        """Create a new optimizer's slots as distributed tensors, before the first update."""
         optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)

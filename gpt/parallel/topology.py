@@ -23,8 +23,6 @@ from gpt.utils.rng import derive_seed
 if TYPE_CHECKING:
     import paddle
 
-    from gpt.parallel.semi_auto import MeshPlacement
-
 
 @dataclass(frozen=True)
 class Topology:
@@ -35,14 +33,12 @@ class Topology:
         device: resolved: cpu or gpu.
         rank: among all.
         hcg: Fleet's HybridCommunicateGroup, which knows the groups; None on one rank.
-        placed: where the semi-auto engine has this rank's tensors; None if Fleet's layers share the model out.
     """
 
     parallel: Parallel
     device: Device
     rank: int = 0
     hcg: Any = None
-    placed: MeshPlacement | None = None
 
     @classmethod
     def initialize(cls, config: Config) -> Topology:
@@ -53,8 +49,7 @@ class Topology:
         if world_size(config) == 1:
             return cls(config.parallel, config.cluster.device)
         hcg = _join(config)
-        placed = _place(config, hcg) if config.parallel.engine is EngineKind.auto else None
-        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg, placed)
+        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg)
 
     @property
     def replicas(self) -> int:
@@ -81,8 +76,8 @@ class Topology:
 
     @property
     def zero_degree(self) -> int:
-        """Among how many ranks parameters are shared out whole: the semi-auto engine cuts each of them instead."""
-        return 1 if self.placed else self.parallel.sharding_degree
+        """Ranks that own whole parameters of a replica's; the semi-auto engine splits each parameter instead."""
+        return self.parallel.sharding_degree if self.parallel.engine is EngineKind.fleet else 1
 
     @property
     def sharding_rank(self) -> int:
@@ -92,7 +87,7 @@ class Topology:
     @property
     def writes_checkpoint(self) -> bool:
         """Whether this rank gives its arrays to a checkpoint: data parallel ranks have the same ones."""
-        if self.placed:
+        if self.parallel.engine is EngineKind.auto:
             return self.replica == 0
         return self.hcg is None or self.hcg.get_data_parallel_rank() == 0
 
@@ -104,6 +99,10 @@ class Topology:
     def reports_loss(self) -> bool:
         """Whether this rank gives its replica's loss and count: the ranks of one replica know the same or nothing."""
         return self.mp_rank == 0 and self.stage == self.parallel.pp_degree - 1
+
+    def mask_to_loss_rank(self, value: float) -> float:
+        """Return ``value`` on the rank that reports its replica's loss, else 0: a term of a sum over replicas."""
+        return value if self.reports_loss else 0.0
 
     @property
     def mp_group(self) -> Any:
@@ -213,8 +212,8 @@ class Topology:
 
     @property
     def tp_degree(self) -> int:
-        """Among how many ranks the layers of the model share out their weights and heads themselves."""
-        return 1 if self.placed else self.parallel.mp_degree
+        """Ranks over which the layers split weights and heads; under the semi-auto engine tensors are split instead."""
+        return self.parallel.mp_degree if self.parallel.engine is EngineKind.fleet else 1
 
     def stage_layers(self, layers: int) -> range:
         """Numbers of the blocks that this stage has, of ``layers`` in all, without virtual stages."""
@@ -263,16 +262,3 @@ def _join(config: Config) -> Any:
     if parallel.mp_degree > 1:
         fleet.meta_parallel.model_parallel_random_seed(config.seed + 1)
     return hcg
-
-
-def _place(config: Config, hcg: Any) -> MeshPlacement:
-    """Where the semi-auto engine has this rank's tensors."""
-    from gpt.parallel.semi_auto import MeshPlacement
-
-    placed = MeshPlacement.of(config.parallel, hcg.get_global_rank())
-    on_cpu = config.cluster.device is Device.cpu
-    if on_cpu:
-        from gpt.parallel.cpu import semi_auto_gloo
-
-        semi_auto_gloo.prepare(placed.mesh, hcg.get_global_rank())
-    return placed

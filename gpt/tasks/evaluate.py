@@ -43,7 +43,7 @@ def run(job: Job, signals: Signals) -> int:
         return topology.all_reduce_sum(float(signals.received is not None))[0] > 0
 
     def sums(rows: EvalRows) -> EvalTotals:
-        return evaluator.sums(engine, rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
+        return engine.evaluator.totals(rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
 
     began = time.perf_counter()
     own = job.data.fingerprint == found.state["data_fingerprint"]

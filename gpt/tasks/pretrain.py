@@ -166,8 +166,8 @@ class Session:
         heartbeat.beat(self.step, "sample")
         if self.topology.rank > 0:
             return
-        engine, parallel = self.engine, self.job.config.parallel
-        if parallel.mp_degree * parallel.pp_degree > 1 or engine.shards.parameters_too or engine.topology.placed:
+        engine = self.engine
+        if not engine.strategy.has_full_model:
             size = self._parameters() * 4
             if size > ALONE_BYTES:
                 say(

@@ -13,8 +13,6 @@ from gpt.utils.signals import GuardError
 if TYPE_CHECKING:
     import paddle
 
-    from gpt.parallel.semi_auto import MeshPlacement
-
     Tensors = dict[str, paddle.Tensor]
 
 
@@ -73,7 +71,6 @@ def build(
     settings: Optimizer,
     *,
     master_weights: bool,
-    placed: MeshPlacement | None = None,
 ) -> Any:
     """Paddle's AdamW over all parameters; the engine sets the rate and clips.
 
@@ -81,7 +78,6 @@ def build(
         parameters: by logical name, with their first values.
         settings: of the optimizer section.
         master_weights: keep float32 copies of weights of a smaller type.
-        placed: where the parameters are, if the semi-auto engine has placed them.
     """
     import paddle
 
@@ -100,8 +96,6 @@ def build(
         )
 
     tensors = list(parameters.values())
-    if placed:
-        return placed.optimizer(make(tensors))
     return CpuOffloadOptimizer(tensors, make) if settings.offload else make(tensors)
 
 
@@ -176,7 +170,6 @@ def restore(
     parameters: Tensors,
     slots: dict[str, Any],
     master: dict[str, Any],
-    placed: MeshPlacement | None = None,
 ) -> None:
     """The inverse of ``state_of``.
 
@@ -185,17 +178,9 @@ def restore(
         parameters: by logical name.
         slots: arrays by ``<logical name>.<slot>``.
         master: float32 weights by logical name, empty if there are none.
-        placed: where the parameters are, if the semi-auto engine has placed them.
     """
     import paddle
 
-    if placed:  # the slots have places too: they are made first
-        placed.make_slots(optimizer, list(parameters.values()))
-        own_master, own_slots = state_of(optimizer, parameters)
-        for there, values in ((own_master, master), (own_slots, slots)):
-            for key, value in values.items():
-                placed.put(there[key], paddle.to_tensor(value))
-        return
     state: dict[str, Any] = to_paddle_names(slots, parameters)
     if master:
         state["master_weights"] = {p.name: paddle.to_tensor(master[n], dtype="float32") for n, p in parameters.items()}

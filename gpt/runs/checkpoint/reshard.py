@@ -6,6 +6,7 @@ mp ranks pad beyond that takes no part in anything, so it is not saved, and zero
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -112,6 +113,29 @@ def local_shards(
                 list(value.shape), ShardRange(0, 0, value.shape[0]), value.astype("float32").numpy()
             )
     return found
+
+
+def load_model(
+    topology: Topology,
+    parameters: dict[str, Tensor],
+    source: ShardReader,
+    shapes: dict[str, list[int]],
+    assign: Callable[[str, Tensor, Array], None] | None = None,
+) -> None:
+    """Set parameters to this rank's shards of a checkpoint, or call ``assign`` with name, parameter and shard.
+
+    Raises:
+        ValueError: the checkpoint is of a model with other parameters or shapes.
+    """
+    import paddle
+
+    require_same(source.shapes, shapes)
+    for name, p in parameters.items():
+        shard = read_local_shard(topology, p, source, name)
+        if assign:
+            assign(name, p, shard)
+        else:
+            p.set_value(paddle.to_tensor(shard).astype(p.dtype))
 
 
 def read_local_shard(topology: Topology, p: Tensor, source: ShardReader, name: str) -> Array:
