@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 
 class _Loss(nn.Layer):  # type: ignore[misc]
-    """What is lowered."""
+    """The layer that is lowered."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Loss(nn.Layer):  # type: ignore[misc]
 
 
 class _Clip(nn.ClipGradByGlobalNorm):  # type: ignore[misc]
-    """Clip as ``gpt.train.grad_norm.clip`` does; keep the norm, and skip the update where it is not finite."""
+    """Clips as ``gpt.train.grad_norm.clip`` does, keeps the norm, and skips the update if it is not finite."""
 
     def __init__(self, limit: float, optimizer: Any) -> None:
         super().__init__(limit or 1.0)
@@ -66,14 +66,14 @@ class _Clip(nn.ClipGradByGlobalNorm):  # type: ignore[misc]
 
 
 class StaticStep:
-    """The step of a model.
+    """The training step of a model as a program.
 
     Args:
         model: whose parameters are distributed tensors.
         placement: of this rank.
         optimizer: of ``MeshPlacement.shard_optimizer``.
         clip_norm: 0: no clip.
-        micros: micro batches of a step.
+        micros: micro batches per step.
     """
 
     def __init__(self, model: Any, placement: MeshPlacement, optimizer: Any, clip_norm: float, micros: int) -> None:
@@ -84,10 +84,10 @@ class StaticStep:
         self._program: Any = None
 
     def step(self, arrays: tuple[Tensor, ...], lr: float) -> tuple[float, float]:
-        """Forward, backward and update over this replica's rows of the batch: its loss and the norm of all gradients.
+        """Run forward and backward passes and update; return this replica's loss and the global gradient norm.
 
         Args:
-            arrays: tokens, labels, and the weight of every token's loss.
+            arrays: tokens, labels, and the weight of every token's loss, of this replica's rows.
             lr: learning rate.
         """
         if self._program is None:
@@ -97,7 +97,7 @@ class StaticStep:
         return float(np.sum(loss)), float(np.array(_variable(NORM))[0])
 
     def _lower(self, micro: tuple[Tensor, ...]) -> None:
-        """Make the program for micro batches like this one."""
+        """Make the program for micro batches of this shape."""
         inner = self._optimizer._inner_opt
         inner._grad_clip = _Clip(self._clip_norm, inner)
         strategy = dist.Strategy()
@@ -139,13 +139,13 @@ class StaticStep:
 
 
 def _variable(name: str) -> Any:
-    """Of the program."""
+    """Return a variable of the program."""
     return paddle.static.global_scope().find_var(name).get_tensor()
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Paddle's progress of lowering."""
+    """Hide the progress lines of lowering."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

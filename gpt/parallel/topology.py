@@ -52,6 +52,11 @@ class Topology:
         return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg)
 
     @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.replicas * self.parallel.mp_degree * self.parallel.pp_degree
+
+    @property
     def replicas(self) -> int:
         """Model replicas, which read different samples."""
         return self.parallel.dp_degree * self.parallel.sharding_degree
