@@ -2,6 +2,10 @@
 
 Neither Hydra nor Paddle is imported here, so that a worker can read a job without the one and a laptop can plan a 175B
 run without the other. Rules between fields: ``gpt.config.rules``.
+
+A run's name hashes its configuration. A key that is added later records in its ``metadata`` the generation of the
+schema that it came ``since``, and as ``default`` the plain value that stands for what was done before: with it the key
+is no part of the name (``gpt.runs.run_dir.identity``). It stays as recorded even if conf/ has another value one day.
 """
 
 from __future__ import annotations
@@ -45,8 +49,8 @@ class Parallel:
     pp_degree: int = MISSING
     virtual_pp_degree: int = MISSING
     sequence_parallel: bool = MISSING
-    engine: EngineKind = EngineKind.fleet
-    static: bool = False  # of engine=auto: the step is lowered to a static program
+    engine: EngineKind = field(default=EngineKind.fleet, metadata={"since": 2, "default": "fleet"})
+    static: bool = field(default=False, metadata={"since": 2, "default": False})  # engine=auto: a static program
 
 
 def degrees_name(p: Parallel) -> str:
@@ -262,7 +266,8 @@ class Config:
     notes: str = MISSING
     yes: bool = False  # what a terminal would be asked is granted
     dry_run: bool = False  # show what a cluster would be told
-    checkpoint: str | None = None  # a run, or one of its checkpoints; None: the run of this configuration
+    # A run, or one of its checkpoints; None: the run of this configuration.
+    checkpoint: str | None = field(default=None, metadata={"since": 2, "default": None})
     prompt: str = MISSING  # what ``generate.prompt`` is unless it is given itself
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
