@@ -257,7 +257,6 @@ class Target(Enum):
 
     huggingface = "huggingface"  # a folder for transformers
     paddle = "paddle"  # a static model for Paddle Inference
-    int8 = "int8"  # the same with its matrices in eight bits
 
 
 @dataclass

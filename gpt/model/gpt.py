@@ -98,17 +98,18 @@ class Block(nn.Layer):  # type: ignore[misc]
             mixed = self.attention(normed)
         with self.topology.dropout_rng():
             x_BTH = x_BTH + layers.dropout(mixed, self.dropout, self.training)
-        branch = self._mlp(self.norm2(x_BTH))
+        branch = self.mlp(self.norm2(x_BTH))
         with self.topology.dropout_rng():
             return x_BTH + layers.dropout(branch, self.dropout, self.training)
 
-    def _mlp(self, x_BTH: Tensor) -> Tensor:
+    def mlp(self, x_BTH: Tensor) -> Tensor:
+        """Return fc2(gelu(fc1(x)))."""
         return self.fc2(layers.gelu(self.fc1(x_BTH)))
 
     def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
         """Inference on new positions after those of the cache, in which this block is ``layer``."""
         x_BTH = x_BTH + self.attention.step(self.norm1(x_BTH), cache, layer)
-        return x_BTH + self._mlp(self.norm2(x_BTH))
+        return x_BTH + self.mlp(self.norm2(x_BTH))
 
 
 def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
