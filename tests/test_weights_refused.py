@@ -100,9 +100,7 @@ def test_files_that_are_not_there_or_damaged(hf: Path, tmp_path: Path) -> None:
     assert "damaged or not a file of weights" in refused(hf, tmp_path)
     (hf / "model.safetensors").unlink()
     (hf / "pytorch_model.bin").write_bytes(b"hello")
-    assert "pytorch_model.bin: torch's .bin files are pickles and are not read" in refused(
-        hf, tmp_path
-    )
+    assert "pytorch_model.bin: torch's .bin files are pickles and are not read" in refused(hf, tmp_path)
     index = {"weight_map": {"wte.weight": "model-00001-of-00002.safetensors"}}
     (hf / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "names model-00001-of-00002.safetensors, which is not in" in refused(hf, tmp_path)
