@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from gpt.config.cluster import Device
 from gpt.config.derived import resolve_device
-from gpt.config.schema import Config, DType, EngineKind, Parallel, Task
+from gpt.config.schema import Config, DType, EngineKind, Parallel
 from gpt.utils import machine
 from gpt.utils.files import conf_dir
 
@@ -75,7 +75,7 @@ def problems(config: Config, ranks: int) -> list[str]:
             f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "
             "matrix product on the CPU; use precision=fp32"
         )
-    if device is Device.cpu and config.task is Task.pretrain and config.parallel.engine is EngineKind.auto:
+    if device is Device.cpu and config.task.facts.trains and config.parallel.engine is EngineKind.auto:
         found += _without_kernels(config.parallel)
     return found
 

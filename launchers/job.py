@@ -63,7 +63,7 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     """
     config, logs, ranks = job.config, job.run_dir / "logs", world_size(job.config)
     terminal = _inherits_terminal(config)
-    training, gpu = config.task is Task.pretrain, config.cluster.device is Device.gpu
+    training, gpu = config.task.facts.trains, config.cluster.device is Device.gpu
     records = local.Tail(job.run_dir / "metrics.jsonl")
     # One rank has nobody to wait for.
     watchdog = Watchdog(logs, ranks, config.cluster.hang_seconds if ranks > 1 else 0, records.path)

@@ -138,7 +138,7 @@ def test_no_values_of_variables_are_in_what_is_submitted(
         (["cluster=slurm", "cluster.environment=['KEY=1']"], r"names of variables only"),
         (["cluster=slurm", "cluster.sbatch=[exclusive]"], r"'exclusive' is no option of sbatch"),
         (["cluster=slurm", "task=serve"], r"task=serve does not go with cluster=slurm"),
-        (["cluster=slurm", "task=generate", "generate.interactive=true"], r"nobody types"),
+        (["cluster=slurm", "task=generate", "generate.interactive=true"], r"which has no terminal"),
         (["cluster.partition=x"], r"goes with cluster=slurm, not with cluster=local"),
         (["cluster=slurm", "cluster.port=1"], r"goes with cluster=nodes"),
         (["dry_run=true"], r"add cluster=slurm; for this host there is task=plan"),

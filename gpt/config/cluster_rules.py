@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from gpt.config.cluster import Cluster, ClusterKind, Device
 from gpt.config.derived import replicas, world_size
-from gpt.config.schema import Config, Task
+from gpt.config.schema import Config, Ranks
+from gpt.config.task_schemas import Section
 
 _S, _N = ClusterKind.slurm, ClusterKind.nodes
 # Which kinds read a key; the first four and dry_run are for all.
@@ -17,8 +18,6 @@ READ_BY = {
     **dict.fromkeys(("environment", "signal_seconds", "requeue", "wait", "max_parallel"), (_S,)),
     **dict.fromkeys(("python", "cpus", "mem"), (_S,)),
 }  # fmt: skip
-# What computes, and so is not for the machine where the command is typed.
-AWAY = (Task.pretrain, Task.evaluate, Task.generate, Task.export, Task.serve)
 _TIME = re.compile(r"\d+-\d+(:\d\d){0,2}|\d+:\d\d:\d\d")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _MEMORY = re.compile(r"\d+[KMGT]?")
@@ -26,7 +25,7 @@ _MEMORY = re.compile(r"\d+[KMGT]?")
 
 def is_away(config: Config) -> bool:
     """Whether the command is for other machines than this one."""
-    return config.cluster.kind is not ClusterKind.local and config.task in AWAY
+    return config.cluster.kind is not ClusterKind.local and config.task.facts.ranks is not Ranks.none
 
 
 def nodes(config: Config) -> int:
@@ -60,8 +59,9 @@ def cluster_problems(config: Config) -> Iterator[str]:
         yield from _shared_out(config)
     if kind is ClusterKind.slurm:
         yield from _slurm(cluster)
-        if config.task in AWAY:
-            yield from _interactive_tasks(config)
+        if is_away(config):
+            if isinstance(section := getattr(config, config.task.name, None), Section):
+                yield from section.unattended_problems("cluster=slurm")
             if cluster.device is Device.auto:
                 yield "cluster=slurm must know whether to ask for GPUs: cluster.device=gpu or cluster.device=cpu"
 
@@ -105,17 +105,3 @@ def _slurm(cluster: Cluster) -> Iterator[str]:
     for line in cluster.sbatch:
         if not line.startswith("-") or "\n" in line:
             yield f"cluster.sbatch: {line!r} is no option of sbatch, which begins with -"
-
-
-def _interactive_tasks(config: Config) -> Iterator[str]:
-    """Yield the problems of tasks that need a terminal or a client."""
-    generate = config.generate
-    if config.task is Task.serve:
-        yield (
-            "task=serve does not go with cluster=slurm: clients must know the address, and the job ends at its time "
-            "limit; take a node (salloc) and start it there"
-        )
-    if config.task is Task.generate and generate.interactive:
-        yield "generate.interactive=true does not go with cluster=slurm, where nobody types: generate.prompts=FILE"
-    if config.task is Task.generate and generate.prompts == "-":
-        yield "generate.prompts=- does not go with cluster=slurm, which has no standard input: generate.prompts=FILE"

@@ -10,7 +10,7 @@ is no part of the name (``gpt.runs.run_dir.identity``). It stays as recorded eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from omegaconf import MISSING
@@ -82,6 +82,43 @@ class Task(Enum):
     import_weights = "import_weights"
     export = "export"
     report = "report"
+
+    @property
+    def facts(self) -> TaskFacts:
+        """The task's row of ``TASKS``."""
+        return TASKS[self]
+
+
+class Ranks(Enum):
+    """How many worker processes compute a task."""
+
+    none = "none"  # the driver does it alone, on this machine
+    one = "one"
+    one_replica = "one_replica"
+    any = "any"
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What rules, run names and grids need to know of a task; its module in ``gpt.tasks`` has the rest."""
+
+    ranks: Ranks = Ranks.any
+    trains: bool = False  # makes runs, from a data set
+    needs_checkpoint: bool = False  # works on a trained run, or on one of its checkpoints
+    once_per_checkpoint: bool = False  # as a cell of a grid it is done until its run has a newer checkpoint
+
+
+TASKS = {
+    Task.pretrain: TaskFacts(trains=True),
+    Task.evaluate: TaskFacts(needs_checkpoint=True, once_per_checkpoint=True),
+    Task.generate: TaskFacts(needs_checkpoint=True, once_per_checkpoint=True),
+    Task.serve: TaskFacts(Ranks.one_replica, needs_checkpoint=True),
+    Task.plan: TaskFacts(Ranks.none),
+    Task.prepare: TaskFacts(Ranks.none),
+    Task.import_weights: TaskFacts(Ranks.none),
+    Task.export: TaskFacts(Ranks.one, needs_checkpoint=True),
+    Task.report: TaskFacts(Ranks.none),
+}
 
 
 class Recompute(Enum):
@@ -289,3 +326,7 @@ class Config:
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
     device: DeviceSpec = field(default_factory=DeviceSpec)
+
+
+# A task's section has its name. None of it changes what is trained, and it is no config group.
+TASK_SECTIONS = [each.name for each in fields(Config) if each.name in Task.__members__]

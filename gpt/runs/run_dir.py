@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 
 from gpt.config.derived import plain, typed
 from gpt.config.rules import unknown_keys
-from gpt.config.schema import Config, Resume
+from gpt.config.schema import TASK_SECTIONS, Config, Resume
 from gpt.data.corpus import DatasetInfo
 from gpt.runs.provenance import git_revision
 from gpt.utils.errors import UserError
@@ -39,10 +39,8 @@ from gpt.utils.machine import machine, versions
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
 NON_IDENTITY_KEYS = (
-    "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
-    "yes", "dry_run", "grid", "optuna", "report",
-    "logger", "cluster", "device",
-    "trainer.resume", "trainer.log_every", "data.cache_dir",
+    "task", *TASK_SECTIONS, "tags", "notes", "prompt", "yes", "dry_run", "grid", "optuna",
+    "logger", "cluster", "device", "trainer.resume", "trainer.log_every", "data.cache_dir",
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gpt.config.cluster import ClusterKind
-from gpt.config.schema import Task
 from gpt.runs import run_dir
 from gpt.runs.grid import Cell, Folder, State
 from gpt.utils.console import Console
@@ -76,7 +75,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
 
 def _problems(base: Cell) -> list[str]:
     found = []
-    if base.config.task is not Task.pretrain:
+    if not base.trains:
         found.append(f"hparams=optuna searches for a low validation loss; task={base.config.task.value} has none")
     if base.config.cluster.kind is not ClusterKind.local:
         kind = base.config.cluster.kind.value

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from gpt.config.derived import world_size
 from gpt.config.parameters import WORD
 from gpt.config.schema import Config, Model
 from gpt.data import tokenizer
@@ -27,8 +26,6 @@ def check(config: Config) -> list[str]:
         problems.append("export.output has no value: give the folder to make with export.output=...")
     elif Path(output).exists():
         problems.append(f"export.output={output}: there is something already; it is never overwritten")
-    if world_size(config) > 1:
-        problems.append(f"task=export is done by one rank, not {world_size(config)}: leave out parallel=...")
     return problems
 
 
