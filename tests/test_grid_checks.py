@@ -173,7 +173,7 @@ def test_cells_that_cannot_be_one_grid(tmp_path: Path, monkeypatch: pytest.Monke
     told = together(one, serving, typing, gpu)
     assert [problem.split(":")[0] for problem in told] == [
         "cells on cpu and gpu",
-        "task=serve does not go with a grid (-m): it has no end",
+        "task=serve does not go with a grid (-m)",
         "generate.interactive=true does not go with a grid (-m), which has no terminal",
     ]
     (tmp_path / "file").write_text("")
