@@ -148,9 +148,11 @@ def test_what_is_there_is_never_overwritten(hf: Path, tmp_path: Path) -> None:
         export_weights.check(configured(["task=export", f"export.output={tmp_path / 'there'}"])),
     ):
         assert ["there is something already; it is never overwritten" in p for p in problems] == [True]
-    assert export_weights.check(configured(["task=export", "parallel=mp2", "data=text", "data.path=x"])) == [
-        "export.output has no value: give the folder to make with export.output=...",
+    with pytest.raises(UserError) as refused:
+        configured(["task=export", "parallel=mp2", "data=text", "data.path=x"])
+    assert refused.value.problems == [
         "task=export is done by one rank, not 2: leave out parallel=...",
+        "export.output has no value: give the folder to make with export.output=...",
     ]
 
 

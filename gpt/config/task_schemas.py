@@ -345,8 +345,13 @@ class ImportWeights:
 
 
 @dataclass
-class Export:
+class Export(Section):
     """Of ``task=export``: a checkpoint to a folder that others read."""
 
     format: Target = MISSING
     output: str | None = None  # the folder that is made
+
+    def problems(self) -> Iterator[str]:
+        """Yield that there is no folder to make."""
+        if not self.output:
+            yield "export.output has no value: give the folder to make with export.output=..."

@@ -21,12 +21,8 @@ from gpt.utils.files import atomic_directory
 
 def check(config: Config) -> list[str]:
     """What is wrong with the command; nothing is written."""
-    output, problems = config.export.output, []
-    if not output:
-        problems.append("export.output has no value: give the folder to make with export.output=...")
-    elif Path(output).exists():
-        problems.append(f"export.output={output}: there is something already; it is never overwritten")
-    return problems
+    output = Path(str(config.export.output))
+    return [f"export.output={output}: there is something already; it is never overwritten"] if output.exists() else []
 
 
 def end_of_text(found: Checkpoint) -> int | None:
