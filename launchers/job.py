@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt import tasks
 from gpt.config.cluster import Device
 from gpt.config.derived import world_size
-from gpt.config.schema import Config, Task
 from gpt.runs.run_dir import Job, lock_of
 from gpt.utils import heartbeat
 from gpt.utils.console import Console
-from gpt.utils.errors import UserError
+from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.files import Lock
 from gpt.utils.launch_env import WorkerEnv
 from gpt.utils.signals import BAD_INPUT, FAILED, GUARD
@@ -25,14 +24,6 @@ from launchers.rank_env import RankEnv
 from launchers.watchdog import Watchdog
 
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
-
-
-class JobFailed(Exception):
-    """A started job did not end well; ``code`` is the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @contextmanager
@@ -62,7 +53,7 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
         JobFailed: a worker ended with anything but 0.
     """
     config, logs, ranks = job.config, job.run_dir / "logs", world_size(job.config)
-    terminal = _inherits_terminal(config)
+    terminal = tasks.spec(config.task).terminal(config)
     training, gpu = config.task.facts.trains, config.cluster.device is Device.gpu
     records = local.Tail(job.run_dir / "metrics.jsonl")
     # One rank has nobody to wait for.
@@ -97,12 +88,6 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
         poll()
     if outcome.code:
         raise _failure(outcome, logs / f"worker.{outcome.rank}.log", watchdog)
-
-
-def _inherits_terminal(config: Config) -> bool:
-    """Whether rank 0 shows text as it comes, in a session or in a terminal."""
-    settings = config.generate
-    return config.task is Task.generate and (settings.interactive or (settings.stream and sys.stdout.isatty()))
 
 
 def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:

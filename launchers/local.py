@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from gpt.config.schema import Config, Task
+from gpt import tasks
+from gpt.config.schema import Config
 from gpt.utils import machine
 from gpt.utils.launch_env import WorkerEnv
 from launchers import checks
@@ -25,9 +26,6 @@ POLL_SECONDS = 0.05
 TRACE_SECONDS = 0.5  # for a stuck rank to write where it is
 # Big blocks stay in the process: otherwise every temporary of tens of MB is mapped, zeroed page by page and
 # unmapped again, a fifth of a training step on a CPU.
-# Milliseconds that OpenMP's threads stay awake for more work. While a token is decoded they would take the cores from
-# numpy's own: 1.6 times the speed. A training step has work for them all the time.
-DECODING = {"KMP_BLOCKTIME": "1"}
 MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 
 
@@ -49,7 +47,7 @@ def environment(config: Config, ranks: int, own: WorkerEnv = DEFAULTS) -> dict[s
         "MKL_NUM_THREADS": threads,
         "MKL_DYNAMIC": "FALSE",
         **checks.mkl_settings(),
-        **(DECODING if config.task in (Task.generate, Task.serve) else {}),
+        **tasks.spec(config.task).environment,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "GLOG_minloglevel": "2",  # no news of the sockets of Paddle
         "PYTHONUNBUFFERED": "1",

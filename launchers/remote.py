@@ -12,10 +12,11 @@ from gpt.config.schema import Config
 from gpt.data.corpus import DatasetInfo
 from gpt.runs import run_dir as runs
 from gpt.runs.grid import Cell, Folder
+from gpt.tasks import pretrain
 from gpt.utils.console import Console
+from gpt.utils.errors import JobFailed
 from gpt.utils.signals import FAILED
-from launchers import driver, nodes
-from launchers.job import JobFailed
+from launchers import nodes
 from launchers.sweep import display, slurm_runner
 from launchers.sweep.display import CellOutcome
 
@@ -51,7 +52,7 @@ def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
     cell, folder = Cell(overrides, config, run_dir), Folder(run_dir / "slurm")
     if _shown([cell], folder, console, array=False):
         return
-    data = driver.prepared(config, console) if cell.trains else None
+    data = pretrain.prepare_data(config, console) if cell.trains else None
 
     def wanted(cell: Cell) -> bool:
         return data is None or _makes_sense(cell, data, console)
@@ -88,7 +89,7 @@ def prepared(cells: Sequence[Cell], console: Console) -> dict[str, DatasetInfo]:
         UserError: it does not do for a cell.
     """
     different = {_data(cell): cell.config for cell in cells if cell.trains}
-    return {data: driver.prepared(config, console) for data, config in different.items()}
+    return {data: pretrain.prepare_data(config, console) for data, config in different.items()}
 
 
 def _data(cell: Cell) -> str:

@@ -121,7 +121,7 @@ def serve() -> None:
     from gpt.worker import import_paddle
 
     import_paddle()
-    for module in ("ranks", "gpt.tasks.pretrain", "gpt.parallel.tensor_parallel", "gpt.model.pipeline"):
+    for module in ("ranks", "gpt.tasks.workers.pretrain", "gpt.parallel.tensor_parallel", "gpt.model.pipeline"):
         importlib.import_module(module)
     ended: dict[int, int] = {}
     for line in sys.stdin:

@@ -18,7 +18,7 @@ from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint, shard_files
 from gpt.runs.checkpoint import saver as checkpoint_saver
 from gpt.runs.run_dir import Job
-from gpt.tasks.generate import in_batches
+from gpt.tasks.workers.generate import in_batches
 from gpt.train.optimizer import DynamicLossScaler
 from gpt.train.trainer import Trainer
 

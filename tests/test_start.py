@@ -20,7 +20,7 @@ from gpt.data.dataset import TokenDataset
 from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint, saver
 from gpt.runs.run_dir import Job
-from gpt.tasks import pretrain
+from gpt.tasks.workers import pretrain
 from gpt.train import optimizer
 from gpt.train.trainer import Trainer
 
