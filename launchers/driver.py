@@ -26,7 +26,7 @@ from gpt.utils.launch_env import LaunchEnvironment
 from launchers import checks, job, rendezvous, slurm
 
 
-@dataclass(frozen=True)
+@dataclass
 class Driver:
     """This process, as tasks see it: ``gpt.tasks.spec.Driver``."""
 
