@@ -2,8 +2,8 @@
 
     results = run("ranks:where", 2, config)
 
-calls ``where(config)`` of ``tests/ranks.py`` on two ranks; each returns what JSON holds. Ranks are forked from one process
-per test session that has imported Paddle and computed nothing, so a rank starts in milliseconds instead of seconds.
+calls ``where(config)`` of ``tests/ranks.py`` on two ranks; each returns what JSON holds. Ranks are forked from one
+process per test session that has imported Paddle and computed nothing: a rank starts in milliseconds, not seconds.
 """
 
 from __future__ import annotations
