@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from gpt.config import derived
 from gpt.config.cluster_rules import cluster_problems
 from gpt.config.derived import global_batch_size, micro_batch_size, peak, replicas, world_size
+from gpt.config.optimizers import OPTIMIZERS
 from gpt.config.sampling import Sampling
 from gpt.config.schema import TASK_SECTIONS, Config, DataKind, DType, EngineKind, Ranks, Recompute, Task
 from gpt.config.task_schemas import BYTE_ALPHABET, DeviceSpec, Section
@@ -175,9 +176,7 @@ def _ranges(config: Config) -> Iterator[str]:
     yield from Sampling.of(config.generate, config.seed).problems()
     if not config.generate.prompt:
         yield "generate.prompt is empty: there must be something to continue"
-    betas = config.optimizer.betas
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        yield f"optimizer.betas={betas}: two numbers from 0 up to but not including 1"
+    yield from _optimizer(config)
     if config.schedule.min_lr > config.optimizer.lr:
         yield f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={config.optimizer.lr}"
     if config.schedule.warmup_steps > config.schedule.decay_steps and config.schedule.name.value == "cosine":
@@ -192,6 +191,19 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    if config.optimizer.name not in OPTIMIZERS:
+        yield f"optimizer.name={config.optimizer.name}: no such optimizer; there are {', '.join(OPTIMIZERS)}"
+    elif config.parallel.engine is EngineKind.auto and not OPTIMIZERS[config.optimizer.name].semi_auto:
+        tried = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.semi_auto)
+        yield f"optimizer.name={config.optimizer.name} was not tried with parallel.engine=auto: use {tried}, or fleet"
+    if not 0 <= config.optimizer.momentum < 1:
+        yield f"optimizer.momentum={config.optimizer.momentum}: from 0 up to but not including 1"
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        yield f"optimizer.betas={betas}: two numbers from 0 up to but not including 1"
 
 
 def _model(config: Config) -> Iterator[str]:

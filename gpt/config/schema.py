@@ -228,13 +228,15 @@ class Data:
 
 @dataclass
 class Optimizer:
-    """AdamW with decoupled weight decay (not on biases and LayerNorm) and a global-norm clip."""
+    """The optimizer. Biases and LayerNorm have no weight decay; gradients are clipped by their global norm."""
 
+    name: str = field(default="adamw", metadata={"since": 2, "default": "adamw"})  # a row of gpt.config.optimizers
     lr: float = MISSING
     betas: list[float] = MISSING
     eps: float = MISSING
     weight_decay: float = MISSING
     clip_norm: float = MISSING
+    momentum: float = field(default=0.9, metadata={"since": 2, "default": 0.9})  # of sgd
     offload: bool = False  # float32 weights and moments in host memory, updated there
 
 

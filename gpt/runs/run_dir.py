@@ -223,11 +223,13 @@ def resume_conflicts(run_dir: Path, config: Config) -> list[str]:
     if config.trainer.resume is Resume.never or not (run_dir / "job.json").exists():
         return []
     try:
-        earlier = Job.read(run_dir, now=config).config.model
+        stored = Job.read(run_dir, now=config).config
     except UserError as error:
         return [f"{error}; choose another hydra.run.dir=..."]
-    was, now = dataclasses.asdict(earlier), dataclasses.asdict(config.model)
+    was, now = dataclasses.asdict(stored.model), dataclasses.asdict(config.model)
     differing = [f"model.{k} is {was[k]} there and {now[k]} here" for k in SHAPE_KEYS if was[k] != now[k]]
+    if stored.optimizer.name != config.optimizer.name:  # its state is of no use to another
+        differing.append(f"optimizer.name is {stored.optimizer.name} there and {config.optimizer.name} here")
     return [_another(run_dir, "; ".join(differing))] if differing else []
 
 

@@ -1,4 +1,4 @@
-"""AdamW with decay groups, the global norm, and the learning rate as a pure function of the step."""
+"""The optimizer of a rank, its state by logical names, CPU offload, and the dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from gpt.config.optimizers import OPTIMIZERS
 from gpt.config.parameters import parameter
 from gpt.config.schema import Optimizer
 from gpt.utils.signals import GuardError
@@ -72,28 +73,17 @@ def build(
     *,
     master_weights: bool,
 ) -> Any:
-    """Paddle's AdamW over all parameters; the engine sets the rate and clips.
+    """Build the optimizer over all parameters; the trainer sets the learning rate and clips.
 
     Args:
         parameters: by logical name, with their first values.
         settings: of the optimizer section.
         master_weights: keep float32 copies of weights of a smaller type.
     """
-    import paddle
-
     decayed = {p.name for name, p in parameters.items() if parameter(name).weight_decay}
 
     def make(tensors: list[paddle.Tensor]) -> Any:
-        return paddle.optimizer.AdamW(
-            learning_rate=settings.lr,
-            beta1=settings.betas[0],
-            beta2=settings.betas[1],
-            epsilon=settings.eps,
-            weight_decay=settings.weight_decay,
-            parameters=tensors,
-            apply_decay_param_fun=decayed.__contains__,
-            multi_precision=master_weights,
-        )
+        return OPTIMIZERS[settings.name].make(settings, tensors, decayed.__contains__, master_weights)
 
     tensors = list(parameters.values())
     return CpuOffloadOptimizer(tensors, make) if settings.offload else make(tensors)
