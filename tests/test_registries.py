@@ -44,16 +44,16 @@ LOGGER = LoggerSpec(
 @pytest.mark.parametrize("name", ["adam", "sgd", "toy"])
 def test_a_row_is_all_that_an_optimizer_needs(text: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setitem(optimizers.OPTIMIZERS, "toy", ROW)
-    config = configured([*SMALL, "data=text", f"data.path={text}", f"optimizer.name={name}"])
+    config = configured([*SMALL, "data=text", f"data.path={text}", f"optimizer.name={name}", "data.overfit=true"])
     data = TokenDataset(config, corpus.prepare(config), Split.train)
     trainer = Trainer(config, Topology.initialize(config))
-    first, second = (trainer.step(number, data).loss for number in (1, 2))
-    assert second < first
-    elements = sum(p.size for p in trainer.parameters.values())
-    slots = [s for s in trainer.optimizer.state_dict().values() if getattr(s, "size", 1) > 1]
+    first, *_, last = (trainer.step(number, data).loss for number in range(1, 7))
+    assert last < first
+    elements = sum(p.size for p in trainer.strategy.parameters.values())
+    slots = [s for s in trainer.strategy.optimizer.state_dict().values() if getattr(s, "size", 1) > 1]
     planned = memory.memory(config).optimizer
     assert planned == 4 * sum(s.size for s in slots) == 4 * optimizers.OPTIMIZERS[name].moments * elements
-    assert set(trainer.parameters) == set(parameter_shapes(config))
+    assert set(trainer.strategy.parameters) == set(parameter_shapes(config))
 
 
 def test_an_unknown_optimizer_is_refused_with_those_there_are() -> None:
