@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from gpt.config.cluster import Device
 from gpt.config.derived import resolve_device
 from gpt.config.schema import Config, DType, EngineKind, Parallel
-from gpt.config.schema import Config, DType, EngineKind, Parallel, Task
 from gpt.train.loggers import build as loggers
 from gpt.utils import machine
 from gpt.utils.files import conf_dir
