@@ -19,7 +19,7 @@ from gpt.config.parameters import Init, parameter
 from gpt.config.schema import Config, Recompute
 from gpt.model import cpu_decode, layers
 from gpt.model.kv_cache import Cache
-from gpt.parallel import pipeline_comm
+from gpt.parallel import pipeline_comm, tensor_shards
 from gpt.parallel.topology import Topology
 from gpt.utils.arrays import Array
 from gpt.utils.rng import initial_value
@@ -120,7 +120,8 @@ def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]
         if init is not Init.constant:
             scaled = init is Init.residual and m.scale_output_init
             std = m.init_std / math.sqrt(2 * m.layers) if scaled else m.init_std
-            p.set_value(topology.local_shard(initial_value(config.seed, name, topology.global_shape(p), std), p))
+            value = initial_value(config.seed, name, tensor_shards.global_shape(topology, p), std)
+            p.set_value(tensor_shards.local_shard(topology, value, p))
 
 
 class GPT(nn.Layer):  # type: ignore[misc]

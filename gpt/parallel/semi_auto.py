@@ -1,7 +1,7 @@
-"""Paddle's semi-auto engine under the topology: tensors that know where their parts are.
+"""Paddle's semi-auto engine: distributed tensors on a mesh.
 
-A parameter becomes a tensor of the global shape of which this rank holds a shard (``gpt.config.parameters``), and so
-do the inputs. Paddle then finds out, operation by operation, what every rank computes and what ranks must exchange.
+Parameters (by the table in ``gpt.config.parameters``) and inputs become tensors of the global shape of which this rank
+holds a shard. Paddle then derives, operation by operation, what every rank computes and communicates.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def to_local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MeshPlacement:
-    """A rank's tensors on the mesh of its replicas and mp ranks; of a pipeline, those of its stage.
+    """Placements of a rank's tensors on the mesh of replicas and mp ranks; of a pipeline, on that of its stage.
 
     Args:
         mesh: axes ``REPLICAS`` and ``MP``, each only if it has more than one rank; on one rank ``REPLICAS``.
-        place_of: this rank's place along each axis.
-        sharding_stage: what the replicas share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
+        place_of: this rank's index along each axis.
+        sharding_stage: ZeRO stage over the replicas: 1 optimizer state, 2 and gradients, 3 and parameters; 0 none.
     """
 
     mesh: Any
@@ -42,7 +42,7 @@ class MeshPlacement:
 
     @classmethod
     def of(cls, parallel: Parallel, rank: int) -> MeshPlacement:
-        """The mesh of a rank; Fleet numbers ranks by dp, then pp, sharding and mp."""
+        """Make the mesh of a rank; Fleet numbers ranks by dp, then pp, sharding and mp."""
         dp, sharding, mp, pp = (getattr(parallel, f"{name}_degree") for name in ("dp", "sharding", "mp", "pp"))
         ranks = np.arange(dp * pp * sharding * mp).reshape(dp, pp, sharding, mp).swapaxes(0, 1)
         ranks = ranks.reshape(pp, dp * sharding, mp)
@@ -57,7 +57,7 @@ class MeshPlacement:
         return cls(mesh, {name: place[name] for name in axes}, sharded)
 
     def _along(self, **wanted: int | None) -> list[Any]:
-        """Placements along the axes of the mesh: the tensor axis that is shared out, or None."""
+        """Return placements along the axes of the mesh, given the tensor axis that each splits, or None."""
         axes = [wanted.get(name) for name in self.mesh.dim_names]
         return [dist.Replicate() if axis is None else dist.Shard(axis) for axis in axes]
 

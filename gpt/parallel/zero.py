@@ -2,12 +2,12 @@
 
 At every stage a parameter belongs to one rank of the group, its owner, which alone has its optimizer state.
 
-- Stage 2: as soon as a micro batch's gradient of a parameter is there it is added up on the owner; the others drop it.
-- Stage 3: the others drop the parameter too. A block's parameters come from their owners before its forward and before
-  its backward pass and go again afterwards; what is not in a block stays from the first use in a step to the last.
+- Stage 2: each micro batch's gradient of a parameter is reduced to the owner at once; the other ranks free it.
+- Stage 3: the other ranks free the parameter too. A block's parameters are gathered before its forward and before its
+  backward pass and released afterwards; those outside the blocks stay from the first use in a step to the last.
 
-Fleet's own classes for these stages keep their slices in storages that cannot be made on a CPU, bring a clip of their
-own and count a tied table twice; these hooks are the same code everywhere, over Paddle's collectives.
+Fleet's own classes for these stages keep their shards in storages that do not exist on a CPU, clip by themselves and
+count a tied table twice; these hooks are the same code everywhere, over Paddle's collectives.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from gpt.parallel.topology import Topology, tp_axis
+from gpt.parallel.tensor_shards import local_shape, tp_axis
+from gpt.parallel.topology import Topology
 from gpt.utils.arrays import Array
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def shard_range(topology: Topology, p: Tensor, shape: list[int]) -> ShardRange:
     axis = tp_axis(p)
     if axis is None:
         return ShardRange(0, 0, shape[0])
-    size = topology.local_shape(p)[axis]
+    size = local_shape(topology, p)[axis]
     first = topology.mp_rank * size
     return ShardRange(axis, min(first, shape[axis]), min(first + size, shape[axis]))
 
@@ -102,7 +103,7 @@ def local_shards(
     for key, value in values.items():
         name = parameter_of(key, whole)
         p = parameters[name]
-        if list(value.shape) == topology.local_shape(p):
+        if list(value.shape) == local_shape(topology, p):
             where = shard_range(topology, p, whole[name])
             if where.start < where.stop:
                 array = value.astype("float32").numpy()
@@ -141,7 +142,7 @@ def read_local_shard(topology: Topology, p: Tensor, source: ShardReader, name: s
     """Read this rank's shard of a parameter, or of a slot of its shape, with zeros in padding rows."""
     where = shard_range(topology, p, source.shapes[name])
     array = source.read(name, where)
-    missing = topology.local_shape(p)[where.axis] - array.shape[where.axis]
+    missing = local_shape(topology, p)[where.axis] - array.shape[where.axis]
     if not missing:
         return array
     return np.pad(array, [(0, missing if axis == where.axis else 0) for axis in range(array.ndim)])
