@@ -36,14 +36,14 @@ def run(job: Job, signals: Signals) -> int:
     config, kind = job.config, job.config.evaluate.kind
     topology = Topology.initialize(config)
     found = checkpoint.load_or_fail(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
-    engine = Trainer(config, topology, train=False)
-    engine.load(found.model(), None, {})
+    trainer = Trainer(config, topology, train=False)
+    trainer.load(found.model(), None, {})
 
     def stop() -> bool:  # a signal to any rank is one to all
         return topology.all_reduce_sum(float(signals.received is not None))[0] > 0
 
     def sums(rows: EvalRows) -> EvalTotals:
-        return engine.evaluator.totals(rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
+        return trainer.evaluator.totals(rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
 
     began = time.perf_counter()
     own = job.data.fingerprint == found.state["data_fingerprint"]

@@ -61,7 +61,7 @@ def run(job: Job, signals: Signals) -> int:
 
 
 class Session:
-    """A training run in progress: what it is made of, and its place. The first rank alone writes files."""
+    """A training run in progress. Rank 0 alone writes files."""
 
     def __init__(self, job: Job) -> None:
         config = job.config
@@ -71,8 +71,8 @@ class Session:
         self.job = job
         self.samples = TokenDataset(config, job.data, Split.train)
         self.val = TokenDataset(config, job.data, Split.val) if config.data.split[1] > 0 else None
-        self.engine = Trainer(config, self.topology)
-        self.step = restore(job, self.engine)
+        self.trainer = Trainer(config, self.topology)
+        self.step = restore(job, self.trainer)
         self.first_step = self.step
         self.stopped_by: Signal | None = None
         self.sinks: list[base.Logger] = []
@@ -82,7 +82,7 @@ class Session:
             self.jsonl, self.sinks = build.loggers(job)
         keep = config.trainer.keep_checkpoints
         self.saver = saver.Saver(job.run_dir, keep, say, self.topology.rank, world_size(config))
-        self.told_of: int | None = None  # the last checkpoint that the sinks know
+        self.last_announced_step: int | None = None
         self.meter = Meter(config)
         self.last: dict[str, Any] = {}
         self.last_validation: dict[str, float] = {}
@@ -98,76 +98,76 @@ class Session:
         )
 
     def stopped(self, signals: Signals) -> bool:
-        """Whether a signal asks to stop: one to any rank is one to all, which leave the loop after the same step."""
+        """Return whether any rank received a signal: all leave the loop after the same step."""
         kinds = (Signal.SIGTERM, Signal.SIGINT)
-        heard = self.topology.all_reduce_sum(*(float(signals.received is kind) for kind in kinds))
-        self.stopped_by = next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
+        counts = self.topology.all_reduce_sum(*(float(signals.received is kind) for kind in kinds))
+        self.stopped_by = next((kind for kind, count in zip(kinds, counts, strict=True) if count), None)
         return self.stopped_by is not None
 
     def train(self) -> dict[str, Any]:
-        """One step; returns its record."""
+        """Run one step; return its record."""
         self.meter.start()
-        result = self.engine.step(self.step + 1, self.samples)
+        result = self.trainer.step(self.step + 1, self.samples)
         self.step += 1
-        if self.shown():  # every rank comes to the same answer, so all ask together
+        if self.shown():  # the same on every rank
             self.meter.memory_peak = self.topology.all_reduce_max(peak_memory(self.topology.device))
         self.last = self.meter.record(self.step, result)
         return self.last
 
     def evaluate(self) -> dict[str, float]:
-        """Loss on the validation split; returns what belongs in the record."""
+        """Evaluate on the validation split; return the figures for the record."""
         assert self.val
         heartbeat.beat(self.step, "evaluate")
-        loss = self.engine.evaluate(self.val, self.job.config.trainer.eval_batches)
+        loss = self.trainer.evaluate(self.val, self.job.config.trainer.eval_batches)
         self.last_validation = validation(loss, self.job.data)
         return self.last_validation
 
     def publish(self, record: dict[str, Any]) -> None:
-        """Send the step's record everywhere."""
+        """Send the step's record to all loggers."""
         for sink in self.sinks:
             sink.write(record)
-        self._tell_of_checkpoint()
+        self._announce_checkpoint()
         if "val/loss" in record or self.shown():
             self.meter.show(record)
 
-    def _tell_of_checkpoint(self) -> None:
-        """It is whole some steps after it was begun."""
-        if (step := self.saver.saved_step) is not None and step != self.told_of:
-            self.told_of = step
+    def _announce_checkpoint(self) -> None:
+        """Tell the loggers of a new checkpoint, which is complete some steps after its save began."""
+        if (step := self.saver.saved_step) is not None and step != self.last_announced_step:
+            self.last_announced_step = step
             for sink in self.sinks:
                 sink.saved(step)
 
     def shown(self) -> bool:
-        """Whether the step has a line on the terminal, evaluated or not."""
+        """Return whether the step has a line on the terminal even without an evaluation."""
         return self.step == self.first_step + 1 or self.due(self.job.config.trainer.log_every)
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never), and at the end, happens now."""
+        """Return whether an action of every ``every`` steps (0: never), and of the last one, is due."""
         return self.step == self.job.config.trainer.max_steps or (every > 0 and self.step % every == 0)
 
     def save(self) -> None:
-        """Copy this rank's part of the state and let it be written in the background."""
+        """Copy this rank's shards of the state and write them in the background."""
         heartbeat.beat(self.step, "save")
-        model, optimizer, rest = self.engine.state()
+        model, optimizer, rest = self.trainer.state()
         if self.topology.rank == 0:
             self.jsonl.sync()
         tokenizer = Path(self.job.data.tokenizer) if self.job.data.tokenizer else None
         self.saver.submit(saver.CheckpointShard(self.step, model, optimizer, {**self._about(), **rest}, tokenizer))
 
     def save_unless_saved(self) -> None:
-        """For an end that may come at any step."""
+        """Save, unless this step's checkpoint exists."""
         self.saver.wait()
         unsaved = self.step > self.first_step and self.saver.saved_step != self.step
         if self.topology.all_reduce_sum(float(unsaved and self.topology.rank == 0))[0]:
             self.save()
 
     def sample(self) -> None:
-        """Continue the prompt on the first rank; what is shared out among ranks it reads from the last checkpoint."""
+        """Continue the prompt on rank 0, which reads a model that is split over ranks from the last checkpoint."""
         heartbeat.beat(self.step, "sample")
         if self.topology.rank > 0:
             return
-        engine = self.engine
-        if not engine.strategy.has_full_model:
+        trainer = self.trainer
+        if not trainer.strategy.has_full_model:
             size = self._parameters() * 4
             if size > ALONE_BYTES:
                 say(
@@ -176,9 +176,9 @@ class Session:
                 )
                 return
             alone = one_rank(self.job.config)
-            engine = Trainer(alone, Topology(alone.parallel, self.topology.device), train=False)
-            engine.load(checkpoint.Checkpoint(checkpoint.folder_of(self.job.run_dir, self.step)).model(), None, {})
-        if sample_text(self.job, engine, self.step):
+            trainer = Trainer(alone, Topology(alone.parallel, self.topology.device), train=False)
+            trainer.load(checkpoint.Checkpoint(checkpoint.folder_of(self.job.run_dir, self.step)).model(), None, {})
+        if sample_text(self.job, trainer, self.step):
             for sink in self.sinks:
                 sink.sampled(self.step)
 
@@ -186,7 +186,7 @@ class Session:
         """End the logs and write ``result.json``, last."""
         if self.topology.rank > 0:
             return
-        self._tell_of_checkpoint()
+        self._announce_checkpoint()
         for sink in self.sinks:
             sink.close(outcome, code, why)
         result = {"status": outcome, "step": self.step, "tokens": self.step * self.meter.tokens_per_step}
@@ -202,7 +202,7 @@ class Session:
         return sum(math.prod(shape) for shape in parameter_shapes(self.job.config).values())
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint says of itself besides arrays. Dropout and data order are functions of seed and step."""
+        """Return the metadata of a checkpoint. Dropout and data order are functions of seed and step."""
         samples = self.step * global_batch_size(self.job.config)
         return {
             "step": self.step,
@@ -215,34 +215,33 @@ class Session:
         }
 
 
-def restore(job: Job, engine: Trainer) -> int:
-    """Load the newest sound checkpoint, if any; returns its step, or 0 for a fresh start.
+def restore(job: Job, trainer: Trainer) -> int:
+    """Load the newest valid checkpoint of the run and return its step, or 0 for a fresh start.
 
-    A fresh start takes its weights from ``checkpoint=``, if that is given.
+    A fresh start takes its weights from ``checkpoint=``, if given; moments, learning rate and data order are those of
+    step 0.
 
     Raises:
         UserError: the checkpoint is of another model or other data.
     """
-    found = checkpoint.latest_valid(job.run_dir, lambda line: say(f"WARNING: {line}"), engine.topology)
-    if found is None:
-        if job.config.checkpoint:
-            _start(Path(job.config.checkpoint), engine)
+
+    def warn(line: str) -> None:
+        say(f"WARNING: {line}")
+
+    own = source = checkpoint.latest_valid(job.run_dir, warn, trainer.topology)
+    if own and own.state["data_fingerprint"] != job.data.fingerprint:
+        raise UserError(f"{own.path}: trained on other data; start afresh with trainer.resume=never")
+    if own is None and job.config.checkpoint:
+        source = checkpoint.load_or_fail(Path(job.config.checkpoint), warn, trainer.topology)
+    if source is None:
         return 0
-    if found.state["data_fingerprint"] != job.data.fingerprint:
-        raise UserError(f"{found.path}: trained on other data; start afresh with trainer.resume=never")
     try:
-        engine.load(found.model(), found.optimizer(), found.state)
+        trainer.load(source.model(), own.optimizer() if own else None, own.state if own else {})
     except ValueError as error:
-        raise UserError(f"{found.path}: {error}") from error
-    say(f"resuming from {found.path.name}")
-    return int(found.state["step"])
-
-
-def _start(source: Path, engine: Trainer) -> None:
-    """Weights from elsewhere; moments, learning rate and data order are those of step 0."""
-    found = checkpoint.load_or_fail(source, lambda line: say(f"WARNING: {line}"), engine.topology)
-    try:
-        engine.load(found.model(), None, {})
-    except ValueError as error:
-        raise UserError(f"{found.path}: {error}") from error
-    say(f"starting with the weights of {found.path} (its step {found.state['step']:,}), at step 0 with fresh moments")
+        raise UserError(f"{source.path}: {error}") from error
+    step = int(source.state["step"])
+    if own:
+        say(f"resuming from {own.path.name}")
+        return step
+    say(f"starting with the weights of {source.path} (its step {step:,}), at step 0 with fresh moments")
+    return 0
