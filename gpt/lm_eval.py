@@ -19,10 +19,10 @@ from gpt.inference.generator import Generator
 from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint as checkpoints
 from gpt.runs.run_dir import Job
-from gpt.train import evaluator
 from gpt.train.trainer import Trainer
 from gpt.utils.console import say
 from gpt.utils.errors import UserError
+from gpt.utils.launch_env import WorkerEnv
 from gpt.utils.signals import BAD_INPUT
 from launchers import checks, local
 
@@ -70,7 +70,7 @@ class EvalModel:
         contexts, endings = ([np.array(pair[part], dtype=np.int64) for pair in pairs] for part in (0, 1))
         rows = Continuations(contexts, endings, self.length)
         found = [(0.0, True)] * len(pairs)
-        for first, some in evaluator.scored(self._engine, rows, batch_size):
+        for first, some in self._engine.evaluator.row_scores(rows, batch_size):
             for i, (nll, tokens, right) in enumerate(zip(some.nll_B, some.tokens_B, some.right_B, strict=True)):
                 found[rows.order[first + i]] = -float(nll), bool(right == tokens)
         return found
@@ -98,14 +98,13 @@ class EvalModel:
 
 # A trained model in EleutherAI's lm-eval harness, which needs no torch for it:
 
-READY = "GPT_HARNESS_READY"  # in the environment: threads and allocator are set
 MISSING = "the lm-eval harness is not installed: pip install 'gpt-runner[lm-eval]'"
 
 
 def main() -> None:
     """Run ``lm-eval run --model gpt`` with the arguments of this command."""
-    if READY not in os.environ:  # before Paddle starts, threads and allocator must be in the environment
-        environment = {**local.environment(Config(), 1, live=False), READY: "1"}
+    if not WorkerEnv.from_env(os.environ).tuned:
+        environment = local.environment(Config(), 1, WorkerEnv(tuned=True))
         os.execve(sys.executable, [sys.executable, "-m", "gpt.lm_eval", *sys.argv[1:]], environment)
     try:
         from lm_eval.__main__ import cli_evaluate

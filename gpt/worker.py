@@ -28,8 +28,9 @@ def start_monitoring() -> None:
     """
     from gpt.utils import heartbeat
     from gpt.utils import signals as utils_signals
+    from gpt.utils.launch_env import WorkerEnv
 
-    driver = int(os.environ.get("GPT_DRIVER_PID", os.getppid()))
+    driver = WorkerEnv.from_env(os.environ).parent or os.getppid()
     utils_signals.die_with_parent(driver)
     faulthandler.register(signal.SIGUSR1)  # the stack goes to our log, whatever we are waiting for
     threading.Thread(target=_end_without, args=(driver,), daemon=True).start()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from omegaconf import OmegaConf
 
 from gpt.config.cluster import Device
 from gpt.config.derived import resolve_device
-from gpt.config.schema import Config, DType, EngineKind, Parallel, Task
+from gpt.config.schema import Config, DType, EngineKind, Parallel
+from gpt.train.loggers import build as loggers
 from gpt.utils import machine
 from gpt.utils.files import conf_dir
 
@@ -57,8 +56,7 @@ def problems(config: Config, ranks: int) -> list[str]:
     package = machine.paddle_package()
     if package is None:
         found.append(f"PaddlePaddle is not installed: {INSTALL}")
-    if config.logger.tensorboard and not importlib.util.find_spec("tensorboardX"):
-        found.append("logger.tensorboard needs tensorboardX: pip install tensorboardX")
+    found += loggers.problems(config)
     device = resolve_device(config)
     if device is Device.gpu and package and package[0] != "paddlepaddle-gpu":
         found.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")
@@ -75,7 +73,7 @@ def problems(config: Config, ranks: int) -> list[str]:
             f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "
             "matrix product on the CPU; use precision=fp32"
         )
-    if device is Device.cpu and config.task is Task.pretrain and config.parallel.engine is EngineKind.auto:
+    if device is Device.cpu and config.task.facts.trains and config.parallel.engine is EngineKind.auto:
         found += _without_kernels(config.parallel)
     return found
 

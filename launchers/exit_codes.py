@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable
 
 from gpt.utils import launch_env
-from gpt.utils.errors import UserError
+from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.signals import BAD_INPUT, FAILED
 from launchers import external
-from launchers.job import JobFailed
 
 STOPPED = (130, 143)
 ERRORS = (UserError, JobFailed, OSError)

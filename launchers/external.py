@@ -83,7 +83,7 @@ def _follow(role: LaunchEnvironment) -> int:
         ["-m", "gpt.worker", str(run_dir), str(file)],
         lambda: ours,
         run_dir / "logs",
-        local.environment(job.config, role.here(ranks), live=False),
+        local.environment(job.config, role.here(ranks)),
         show=lambda line: None,  # rank 0 is what is shown
         poll=member.poll,
         retry=False,

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpt import tasks
 from gpt.config.cluster import Device
 from gpt.config.derived import world_size
-from gpt.config.schema import Config, Task
 from gpt.runs.run_dir import Job, lock_of
-from gpt.utils import heartbeat, terminal
+from gpt.utils import heartbeat
 from gpt.utils.console import Console
-from gpt.utils.errors import UserError
+from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.files import Lock
+from gpt.utils.launch_env import WorkerEnv
 from gpt.utils.signals import BAD_INPUT, FAILED, GUARD
 from launchers import local, rank_env, rendezvous
 from launchers.outcome import Outcome
 from launchers.rank_env import RankEnv
-from launchers.sweep.pool import RUN_LOCK, SLOT_LOCKS
 from launchers.watchdog import Watchdog
 
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
-
-
-class JobFailed(Exception):
-    """A started job did not end well; ``code`` is the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @contextmanager
@@ -42,8 +33,9 @@ def locked(run_dir: Path, console: Console) -> Iterator[Lock]:
     A grid has locked it before it started us, and handed the lock over.
     """
     lock = lock_of(run_dir)
-    if inherited := os.environ.pop(RUN_LOCK, ""):
-        lock.descriptor = int(inherited)
+    inherited = WorkerEnv.from_env(os.environ).run_lock
+    if inherited is not None:
+        lock.descriptor = inherited
     elif not lock.acquire():
         console.note(f"{run_dir} is in use; waiting up to {PATIENCE_SECONDS:.0f} s for its workers to end")
         if not lock.acquire(PATIENCE_SECONDS):
@@ -60,10 +52,9 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     Raises:
         JobFailed: a worker ended with anything but 0.
     """
-    slots = tuple(map(int, filter(None, os.environ.pop(SLOT_LOCKS, "").split(","))))
     config, logs, ranks = job.config, job.run_dir / "logs", world_size(job.config)
-    line = terminal.TerminalHost(console.show) if _speaks(config) else None
-    training, gpu = config.task is Task.pretrain, config.cluster.device is Device.gpu
+    terminal = tasks.spec(config.task).terminal(config)
+    training, gpu = config.task.facts.trains, config.cluster.device is Device.gpu
     records = local.Tail(job.run_dir / "metrics.jsonl")
     # One rank has nobody to wait for.
     watchdog = Watchdog(logs, ranks, config.cluster.hang_seconds if ranks > 1 else 0, records.path)
@@ -73,8 +64,6 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     with console.progress(config.trainer.max_steps if training else None) as progress:
 
         def poll() -> Outcome | None:
-            if line:
-                line.pump()
             progress.records(records.lines())
             stuck = watchdog.stuck()
             return Outcome(GUARD, reason=stuck) if stuck else None
@@ -88,22 +77,17 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
             ["-m", "gpt.worker", str(job.run_dir), str(file)],
             choose,
             logs,
-            local.environment(config, hub.role.here(ranks), live=progress.live) | (line.variables if line else {}),
+            local.environment(config, hub.role.here(ranks), WorkerEnv(live=progress.live, terminal=terminal)),
             show=progress.line,
             poll=poll,
             others=hub.remotes,
-            hand_over=slots + ((lock.descriptor,) if lock else ()) + ((line.descriptor,) if line else ()),
+            hand_over=WorkerEnv.from_env(os.environ).slot_locks + ((lock.descriptor,) if lock else ()),
+            terminal=terminal,
             retry=not hub.role.starter,
         )
         poll()
     if outcome.code:
         raise _failure(outcome, logs / f"worker.{outcome.rank}.log", watchdog)
-
-
-def _speaks(config: Config) -> bool:
-    """Whether text appears as it comes: in a session, or in a terminal."""
-    settings = config.generate
-    return config.task is Task.generate and (settings.interactive or (settings.stream and sys.stdout.isatty()))
 
 
 def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:

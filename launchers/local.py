@@ -13,29 +13,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from gpt.config.schema import Config, Task
+from gpt import tasks
+from gpt.config.schema import Config
 from gpt.utils import machine
+from gpt.utils.launch_env import WorkerEnv
 from launchers import checks
 from launchers.outcome import END_SECONDS, GRACE_SECONDS, READ_LINES, Outcome, RankHandle, root_cause
 from launchers.rank_env import RankEnv
 
+DEFAULTS = WorkerEnv()
 POLL_SECONDS = 0.05
 TRACE_SECONDS = 0.5  # for a stuck rank to write where it is
 # Big blocks stay in the process: otherwise every temporary of tens of MB is mapped, zeroed page by page and
 # unmapped again, a fifth of a training step on a CPU.
-# Milliseconds that OpenMP's threads stay awake for more work. While a token is decoded they would take the cores from
-# numpy's own: 1.6 times the speed. A training step has work for them all the time.
-DECODING = {"KMP_BLOCKTIME": "1"}
 MALLOC = "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456"
 
 
-def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
-    """The environment of a worker: ours without what belongs to other jobs, plus what must be set before it starts.
+def environment(config: Config, ranks: int, own: WorkerEnv = DEFAULTS) -> dict[str, str]:
+    """Return the environment of a worker: without other jobs' variables, with what must be set before it starts.
 
     Args:
         config: of the job.
         ranks: workers on this host, which share its cores.
-        live: the terminal shows a progress display, so step lines are not needed.
+        own: what the worker is told; it ends with this process.
     """
     foreign = ("PADDLE_", "FLAGS_selected_", "POD_", "TRAINING_ROLE", "HYDRA_FULL_ERROR")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
@@ -47,13 +47,12 @@ def environment(config: Config, ranks: int, *, live: bool) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "MKL_DYNAMIC": "FALSE",
         **checks.mkl_settings(),
-        **(DECODING if config.task in (Task.generate, Task.serve) else {}),
+        **tasks.spec(config.task).environment,
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
         "GLOG_minloglevel": "2",  # no news of the sockets of Paddle
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
-        "GPT_DRIVER_PID": str(os.getpid()),
-        "GPT_LIVE": "1" if live else "",
+        **replace(own, parent=os.getpid()).to_env(),
     }
 
 
@@ -81,23 +80,33 @@ class Tail:
 
 
 class Worker:
-    """A rank that runs here, in a session of its own so that all its processes can be reached at once."""
+    """A rank on this host, in a session of its own so that all its processes can be reached at once.
+
+    With ``terminal`` it has the driver's standard input and output, and stays in the driver's session.
+    """
 
     def __init__(
-        self, command: list[str], place: RankEnv, log: Path, env: dict[str, str], hand_over: tuple[int, ...]
+        self,
+        command: list[str],
+        place: RankEnv,
+        log: Path,
+        env: dict[str, str],
+        hand_over: tuple[int, ...],
+        *,
+        terminal: bool,
     ) -> None:
         self.rank = place.rank
         self.ended: float | None = None
-        self.log = log
+        self.log, self._terminal = log, terminal
         self._begin = log.stat().st_size if log.exists() else 0
         with open(log, "ab") as file:
             self._process = subprocess.Popen(
                 command,
                 env={**env, **place.variables()},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                stdin=None if terminal else subprocess.DEVNULL,
+                stdout=None if terminal else file,
+                stderr=file,
+                start_new_session=not terminal,  # Ctrl-Z stops who reads from the terminal together with the driver
                 pass_fds=hand_over,
             )
 
@@ -130,7 +139,7 @@ class Worker:
         """Send a signal to it and to what it started."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+                (os.kill if self._terminal else os.killpg)(self._process.pid, number)
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended by then."""
@@ -149,6 +158,7 @@ def run_workers(
     poll: Callable[[], Outcome | None],
     others: Sequence[RankHandle] = (),
     hand_over: tuple[int, ...] = (),
+    terminal: bool = False,
     retry: bool = True,
 ) -> Outcome:
     """Start one worker per place and watch them to the end.
@@ -165,13 +175,14 @@ def run_workers(
         poll: called every few hundredths of a second; an outcome ends the job.
         others: ranks of the job that run elsewhere.
         hand_over: file descriptors that the workers keep open (the run's lock).
+        terminal: whether the first of them inherits standard input and output.
         retry: whether ``places`` can choose other ports.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
-    outcome = _attempt(arguments, places(), log_dir, env, show, poll, others, hand_over)
+    outcome = _attempt(arguments, places(), log_dir, env, show, poll, others, hand_over, terminal)
     if outcome.port_taken and not outcome.signal and retry:
         show("a port of this job was taken by another program meanwhile; starting once more on other ports")
-        outcome = _attempt(arguments, places(), log_dir, env, show, poll, others, hand_over)
+        outcome = _attempt(arguments, places(), log_dir, env, show, poll, others, hand_over, terminal)
     return outcome
 
 
@@ -184,6 +195,7 @@ def _attempt(
     poll: Callable[[], Outcome | None],
     others: Sequence[RankHandle],
     hand_over: tuple[int, ...],
+    terminal: bool,
 ) -> Outcome:
     tail = Tail(log_dir / f"worker.{places[0].rank}.log")
     workers: list[Worker] = []
@@ -191,7 +203,8 @@ def _attempt(
         try:
             for place in places:
                 log = log_dir / f"worker.{place.rank}.log"
-                workers.append(Worker([sys.executable, *arguments], place, log, env, hand_over))
+                inherits = terminal and not workers
+                workers.append(Worker([sys.executable, *arguments], place, log, env, hand_over, terminal=inherits))
                 if received.number:  # it came while this one was being started
                     workers[-1].stop(received.number)
             outcome = _watch(workers, others, tail, received, show, poll)

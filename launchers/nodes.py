@@ -7,19 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from gpt.config import cluster_rules
-from gpt.config.cluster import ClusterKind
 from gpt.config.schema import Config
 
 ELSEWHERE = ("cluster", "dry_run")  # keys of the command that say where it runs, not what
 HERE = ("device", "threads", "hang_seconds")  # of the section cluster: what each host has to know
 
 
-def overrides(given: Iterable[str], config: Config) -> list[str]:
+def overrides(given: Iterable[str]) -> list[str]:
     """The command's arguments as a host gets them: without what is only for who prints them.
 
     Example:
-        >>> from gpt.config.schema import Config
-        >>> overrides(["cluster=nodes", "cluster.hosts=[a,b]", "+cluster.device=cpu", "seed=1"], Config())
+        >>> overrides(["cluster=nodes", "cluster.hosts=[a,b]", "+cluster.device=cpu", "seed=1"])
         ['cluster.device=cpu', 'seed=1']
     """
     kept = []
@@ -30,8 +28,6 @@ def overrides(given: Iterable[str], config: Config) -> list[str]:
             kept.append(override)
         elif leaf in HERE:
             kept.append(override.lstrip("+"))
-    if config.cluster.kind is ClusterKind.kubernetes and not any(o.startswith("cluster.device=") for o in kept):
-        kept.append(f"cluster.device={config.cluster.device.value}")
     return kept
 
 
@@ -46,7 +42,7 @@ def commands(config: Config, given: Iterable[str], cwd: Path) -> list[tuple[str,
     cluster = config.cluster
     main = Path(__file__).resolve().parent.parent / "gpt" / "main.py"
     script = str(main.relative_to(cwd) if main.is_relative_to(cwd) else main)
-    ranks, words = cluster_rules.ranks_per_node(config), overrides(given, config)
+    ranks, words = cluster_rules.ranks_per_node(config), overrides(given)
     meet = ["--master", f"{cluster.hosts[0]}:{cluster.port}", "--nnodes", str(len(cluster.hosts))]
     found = []
     for number, host in enumerate(cluster.hosts):

@@ -12,11 +12,11 @@ from gpt.config.schema import Config
 from gpt.data.corpus import DatasetInfo
 from gpt.runs import run_dir as runs
 from gpt.runs.grid import Cell, Folder
+from gpt.tasks import pretrain
 from gpt.utils.console import Console
-from gpt.utils.files import write_atomic
+from gpt.utils.errors import JobFailed
 from gpt.utils.signals import FAILED
-from launchers import driver, kubernetes, nodes
-from launchers.job import JobFailed
+from launchers import nodes
 from launchers.sweep import display, slurm_runner
 from launchers.sweep.display import CellOutcome
 
@@ -52,7 +52,7 @@ def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
     cell, folder = Cell(overrides, config, run_dir), Folder(run_dir / "slurm")
     if _shown([cell], folder, console, array=False):
         return
-    data = driver.prepared(config, console) if cell.trains else None
+    data = pretrain.prepare_data(config, console) if cell.trains else None
 
     def wanted(cell: Cell) -> bool:
         return data is None or _makes_sense(cell, data, console)
@@ -72,22 +72,13 @@ def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bo
     if cluster.kind is ClusterKind.slurm:
         for _, _, script in slurm_runner.scripts(cells, folder, array=array):
             console.show(script)
-    elif cluster.kind is ClusterKind.nodes:
+    else:
         found = [nodes.commands(cell.config, cell.overrides, Path.cwd()) for cell in cells]
         console.note("# To be started by you, at the same time, in this folder, which all hosts share:")
         for number, host in enumerate(cluster.hosts):
             console.note(f"# {host}")
             for commands in found:
                 console.note(commands[number][1])
-    else:
-        text = kubernetes.text(kubernetes.manifest(cell.config, cell.name, cell.overrides) for cell in cells)
-        if cluster.output and not config.dry_run:
-            write_atomic(Path(cluster.output), text)
-            console.note(
-                f"{cluster.output}: {len(cells)} PaddleJob(s), not run here; kubectl apply -f {cluster.output}"
-            )
-        else:
-            console.show(text)
     return True
 
 
@@ -98,7 +89,7 @@ def prepared(cells: Sequence[Cell], console: Console) -> dict[str, DatasetInfo]:
         UserError: it does not do for a cell.
     """
     different = {_data(cell): cell.config for cell in cells if cell.trains}
-    return {data: driver.prepared(config, console) for data, config in different.items()}
+    return {data: pretrain.prepare_data(config, console) for data, config in different.items()}
 
 
 def _data(cell: Cell) -> str:

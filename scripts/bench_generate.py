@@ -123,7 +123,7 @@ def start(variant: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     if variant == "ours":
         config = configuration(arguments.model, 1, 0.0)
         config.task = Task.generate
-        env = local.environment(config, 1, live=False)
+        env = local.environment(config, 1)
     options = ["--model", arguments.model, "--prompt", str(arguments.prompt), "--new", str(arguments.new)]
     batches = ["--batch", *map(str, arguments.batch)]
     return child_of(__file__, [*options, *batches, "--serve", variant], env)

@@ -95,8 +95,8 @@ def make_step(variant: str, config: Config) -> Callable[[], float]:
             loss = engine.model.loss(inputs, labels, mask, float(mask.size))
             loss.backward()
             grad_norm.clip(parameters, grad_norm.global_norm(parameters), config.optimizer.clip_norm)
-            engine.optimizer.step()
-            engine.optimizer.clear_grad(set_to_zero=False)
+            engine.strategy.optimizer.step()
+            engine.strategy.optimizer.clear_grad(set_to_zero=False)
             return float(loss.item())
 
         engine.model.train()
@@ -170,7 +170,7 @@ def start(variant: str, arguments: argparse.Namespace, config: Config) -> subpro
     elif variant == "hf":
         env = {**os.environ, "OMP_NUM_THREADS": str(machine.cores()), "GLIBC_TUNABLES": local.MALLOC}
     else:
-        env = local.environment(config, 1, live=False)
+        env = local.environment(config, 1)
     options = ["--model", arguments.model, "--batch", str(arguments.batch), "--dropout", str(arguments.dropout)]
     return child_of(__file__, [*options, "--serve", variant], env)
 

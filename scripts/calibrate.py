@@ -90,7 +90,7 @@ def run(what: str, ranks: int) -> dict[str, float]:
         for rank, place in enumerate(rank_env.here(ranks, gpu=False)):
             answer, log = (str(Path(folder, f"{rank}.{ending}")) for ending in ("json", "log"))
             command = [sys.executable, "-W", "ignore", __file__, "--serve", what, json.dumps(plain(config)), answer]
-            env = {**local.environment(config, ranks, live=False), **(place.variables() if ranks > 1 else {})}
+            env = {**local.environment(config, ranks), **(place.variables() if ranks > 1 else {})}
             with open(log, "wb") as said:
                 started.append(subprocess.Popen(command, env=env, stderr=said))
         codes = [process.wait() for process in started]

@@ -1,12 +1,26 @@
-"""What goes with what: the rules of ``gpt.config.rules`` asked about every pair of ways to share a model out."""
+"""Render the compatibility table of docs/parallel.md from the rules that check every command.
+
+python scripts/compatibility.py
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
-from gpt.config.rules import rule_problems
-from gpt.config.schema import Config, Recompute
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt import cli  # noqa: E402
+from gpt.config.rules import rule_problems  # noqa: E402
+from gpt.config.schema import Config, Recompute  # noqa: E402
+from gpt.utils.files import replace_section  # noqa: E402
+
+PAGE = ROOT / "docs" / "parallel.md"
+# A shape and a batch that all degrees of the table divide.
+BASE = ["model=tiny", "model.layers=12", "model.heads=4", "trainer.micro_batch_size=1", "trainer.global_batch_size=24"]
 
 # Each with the least degree it can have. Two entries that want different values of a key exclude one another.
 WAYS: dict[str, dict[str, Any]] = {
@@ -25,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def together(base: Config, *names: str) -> list[str] | None:
-    """Problems of some of ``WAYS`` together; None if they exclude one another.
+    """Return the problems of some of ``WAYS`` together; None if they exclude one another.
 
     Args:
         base: a job on one rank whose shape and batch every degree here divides.
@@ -42,7 +56,7 @@ def together(base: Config, *names: str) -> list[str] | None:
 
 
 def table(base: Config) -> str:
-    """Markdown: a row and a column per way, and below it why what is refused is."""
+    """Return a Markdown table with a row and a column per way, and the reasons of what is refused below it."""
     reasons: list[str] = []
     columns = list(WAYS)[:-1]
     lines = ["| with | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -55,3 +69,12 @@ def table(base: Config) -> str:
         cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{i}. {reason}" for i, reason in enumerate(reasons, 1))])
+
+
+def main() -> None:
+    """Render the table."""
+    replace_section(PAGE, "support", table(cli.compose_job(BASE)))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@
     python scripts/download.py address=https://mirror.example/gpt/ folder=corpora
 
 Address, folder, and the size and SHA-256 of each file come from conf/sample.yaml, or key=value overrides of it. A
-connection that breaks is taken up again where it broke, in this start and in the next one.
+broken connection is resumed where it broke.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRIES, PAUSE_SECONDS = 6, 1.0
 
 
 def run(overrides: Sequence[str]) -> None:
-    """Have every file of the list, each checked; then open the set.
+    """Download and check every file of the list; then open the set.
 
     Raises:
         UserError: naming the file and what is wrong with it.
@@ -35,32 +35,34 @@ def run(overrides: Sequence[str]) -> None:
     base = OmegaConf.load(Path(conf_dir()) / "sample.yaml")
     OmegaConf.set_struct(base, True)
     try:
-        wanted = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
         raise UserError(f"{error}; keys: {', '.join(map(str, base))}") from error
-    folder = Path(str(wanted.folder))
-    for file in wanted.files:
-        path, address = folder / file.name, str(wanted.address).rstrip("/") + "/" + file.name
-        known = download.remember(path) if not path.exists() else download.Wanted()
-        expected = download.Wanted(
+    folder = Path(str(settings.folder))
+    for file in settings.files:
+        path, address = folder / file.name, str(settings.address).rstrip("/") + "/" + file.name
+        known = download.remember(path) if not path.exists() else download.Expected()
+        expected = download.Expected(
             known.bytes if file.bytes is None else file.bytes, known.sha256 if file.sha256 is None else file.sha256
         )
         print(f"{address} -> {path}", flush=True)
         fresh = download.fetch(
             address, path, expected, lambda line: print(f"  {line}", flush=True), tries=TRIES, pause=PAUSE_SECONDS
         )
-        found = download.remember(path)
-        if wrong := download.problem(path, found):
-            raise UserError(f"{path}: {wrong}, as noted when it was downloaded: remove it to download it again")
+        recorded = download.remember(path)
+        if problem := recorded.problem(path):
+            raise UserError(f"{path}: {problem}, as noted when it was downloaded: remove it to download it again")
         checked = "checked" if file.sha256 else "no published SHA-256 to check; noted"
-        print(f"  {'downloaded' if fresh else 'there already'}, {found.bytes:,} bytes, {found.sha256} ({checked})")
+        print(
+            f"  {'downloaded' if fresh else 'there already'}, {recorded.bytes:,} bytes, {recorded.sha256} ({checked})"
+        )
     for prefix in token_files.prefixes_at(str(folder)):
         token_set = token_files.load(prefix)
         print(f"data=tokens data.path={prefix}: {len(token_set.ids):,} tokens in {token_set.documents:,} documents")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 if a file cannot be had."""
+    """Return the exit code: 2 if a file cannot be downloaded."""
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if any(o.startswith("-") or "=" not in o for o in overrides):
         print(__doc__)

@@ -20,7 +20,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt.data import corpus, token_files, tokenizer, tokenizer_files  # noqa: E402
+from gpt.data import token_files, tokenizer, tokenizer_files  # noqa: E402
 from gpt.data.token_files import SCAN_BLOCK, TokenSet  # noqa: E402
 from gpt.data.tokenizer import Encoder  # noqa: E402
 from gpt.utils.arrays import Array  # noqa: E402
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{options.set}: {len(prefixes)} sets in this folder; name one: {' '.join(prefixes)}")
         token_set = token_files.load(prefixes[0])
         encoder = None
-        beside = corpus.tokenizer_path(prefixes[0])
+        beside = token_files.tokenizer_path(prefixes[0])
         name = options.tokenizer or (str(beside) if beside.is_file() else None)
         if name:
             encoder = tokenizer.open_encoder(tokenizer_files.find(name, Path(cache_dir())))

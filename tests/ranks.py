@@ -18,8 +18,7 @@ from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint, shard_files
 from gpt.runs.checkpoint import saver as checkpoint_saver
 from gpt.runs.run_dir import Job
-from gpt.tasks.generate import in_batches
-from gpt.train import evaluator
+from gpt.tasks.workers.generate import in_batches
 from gpt.train.optimizer import DynamicLossScaler
 from gpt.train.trainer import Trainer
 
@@ -27,7 +26,7 @@ from gpt.train.trainer import Trainer
 def where(config: dict[str, Any]) -> dict[str, Any]:
     """This rank's place, and the sum of all ranks' numbers."""
     topology = Topology.initialize(typed(config))
-    place = {key: getattr(topology, key) for key in ("rank", "replica", "mp_rank", "stage", "speaks")}
+    place = {key: getattr(topology, key) for key in ("rank", "replica", "mp_rank", "stage", "reports_loss")}
     return {
         **place,
         "totals": topology.all_reduce_sum(topology.rank, 1.0),
@@ -163,4 +162,4 @@ def measured(config: dict[str, Any]) -> list[dict[str, float]]:
 
     job = typed(config)
     engine = Trainer(job, Topology.initialize(job))
-    return [vars(evaluator.sums(engine, rows, 2)) for rows in (TOKENS, SENTENCES)]
+    return [vars(engine.evaluator.totals(rows, 2)) for rows in (TOKENS, SENTENCES)]

@@ -15,7 +15,7 @@ from gpt.inference import logprobs
 from gpt.inference.server.request_queue import GenerationRequest, QueuedRequest, RequestQueue
 from gpt.model.gpt import GPT
 from gpt.parallel.topology import Topology
-from gpt.tasks import serve as tasks_serve
+from gpt.tasks.workers import serve as tasks_serve
 
 
 def serve(config: dict[str, Any], texts: list[list[int]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gpt.inference.server.app import CompletionsApp
 from gpt.inference.server.request_queue import RequestQueue
 from gpt.inference.types import Completion, TextDelta, TokenLogprobs
 from gpt.parallel.topology import Topology
-from gpt.tasks.serve import Loop
+from gpt.tasks.workers.serve import Loop
 
 MODEL = "parrot"
 SECONDS = 20.0  # until a test gives up

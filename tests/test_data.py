@@ -15,6 +15,7 @@ from gpt.config.schema import Order
 from gpt.config.task_schemas import Split
 from gpt.data import corpus, sampler, token_files, tokenizer
 from gpt.data.dataset import TokenDataset
+from gpt.data.preprocess.documents import pieces as file_pieces
 from gpt.utils.errors import UserError
 
 
@@ -300,9 +301,10 @@ def test_pieces_of_any_unicode_join_to_the_text(tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     content = text.encode("utf-8", "replace")
     path.write_bytes(content)
-    pieces = list(corpus.pieces([path], size))
-    assert "".join(piece for piece, _ in pieces).encode() == content
-    assert [last for _, last in pieces] == [*[False] * (len(pieces) - 1), True][: len(pieces)]
+    with open(path, "rb") as file:
+        pieces = list(file_pieces(file, size))
+    assert "".join(piece.raw.decode() for piece in pieces).encode() == content
+    assert [piece.ends for piece in pieces] == [*[False] * (len(pieces) - 1), True][: len(pieces)]
 
 
 @given(st.text(max_size=200))

@@ -62,7 +62,7 @@ def test_scripts_that_documents_name_exist() -> None:
 
 def test_the_table_of_what_goes_with_what_is_that_of_the_rules() -> None:
     from scripts import compatibility
-    from scripts.support import BASE, PAGE
+    from scripts.compatibility import BASE, PAGE
 
     assert compatibility.table(cli.compose_job(BASE)) in PAGE.read_text(encoding="utf-8")
     assert compatibility.together(cli.compose_job(BASE), "mp", "pp") == []

@@ -119,10 +119,10 @@ def test_overlapping_windows_are_a_loop_over_single_tokens(stride: int, batch_si
     engine = engine_of()
     windows = Windows(IDS, 0, 101, 32, stride, int(IDS[50]))
     nll, count, right = by_hand(engine, windows)
-    found = evaluator.sums(engine, windows, batch_size)
+    found = engine.evaluator.totals(windows, batch_size)
     assert found.nll == pytest.approx(nll, rel=1e-5)
     assert (found.tokens, found.right, found.rows) == (count, right, len(windows))
-    some = evaluator.sums(engine, windows, batch_size, most=3)
+    some = engine.evaluator.totals(windows, batch_size, limit=3)
     assert (some.rows, some.tokens < count) == (3, len(windows) > 3)
 
 
@@ -136,7 +136,7 @@ def test_cloze_is_a_loop_over_single_passages(batch_size: int) -> None:
         pairs[i] = (CONTEXTS[i], np.array([best] + [(best + 1) % VOCAB] * extra))
     each = [alone(engine, np.concatenate(pair)[-33:], len(pair[1])) for pair in pairs]
     rows = Continuations([c for c, _ in pairs], [e for _, e in pairs], 32)
-    found = evaluator.sums(engine, rows, batch_size)
+    found = engine.evaluator.totals(rows, batch_size)
     assert found.nll == pytest.approx(sum(loss for one in each for loss, _ in one), rel=1e-5)
     assert found.tokens == sum(len(one) for one in each)
     assert found.rows == len(pairs)
@@ -144,20 +144,20 @@ def test_cloze_is_a_loop_over_single_passages(batch_size: int) -> None:
     assert expected[:3] == [True, False, False]
     assert found.rows_right == sum(expected)
     by_row = {
-        rows.order[first + i]: nll for first, s in evaluator.scored(engine, rows, 1) for i, nll in enumerate(s.nll_B)
+        rows.order[first + i]: nll for first, s in engine.evaluator.row_scores(rows, 1) for i, nll in enumerate(s.nll_B)
     }
     assert by_row[1] == pytest.approx(sum(loss for loss, _ in each[1]), rel=1e-5)
 
 
 def test_padding_rows_and_the_size_of_a_piece_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of()
-    expected = evaluator.sums(engine, TOKENS, 2)
+    expected = engine.evaluator.totals(TOKENS, 2)
     monkeypatch.setattr("gpt.model.token_scores.LOGITS", 384 * 5)  # five rows at once
     word = engine.parameters["word.weight"]
     values = word.numpy()
     values[VOCAB:] = 50 * np.abs(values).max() * RNG.standard_normal((84, 32))
     word.set_value(values)
-    found = evaluator.sums(engine, TOKENS, 2)
+    found = engine.evaluator.totals(TOKENS, 2)
     assert found.nll == pytest.approx(expected.nll, rel=1e-6)
     assert found.right == expected.right > 10
 
@@ -165,7 +165,7 @@ def test_padding_rows_and_the_size_of_a_piece_change_nothing(monkeypatch: pytest
 def test_it_stops_between_two_batches() -> None:
     asked = iter([False, False, True])
     with pytest.raises(evaluator.Interrupted):
-        evaluator.sums(engine_of(), TOKENS, 1, stop=lambda: next(asked))
+        engine_of().evaluator.totals(TOKENS, 1, stop=lambda: next(asked))
     assert list(asked) == []
 
 
@@ -174,7 +174,7 @@ def test_it_stops_between_two_batches() -> None:
 def test_the_sums_are_those_of_one_process(layout: str) -> None:
     # Five batches, one of them smaller, over two replicas or a pipeline that takes two at a time.
     engine = engine_of()
-    expected = [vars(evaluator.sums(engine, rows, 2)) for rows in (TOKENS, SENTENCES)]
+    expected = [vars(engine.evaluator.totals(rows, 2)) for rows in (TOKENS, SENTENCES)]
     overrides = [f"parallel={layout}", "trainer.micro_batch_size=2", "trainer.global_batch_size=4"]
     config = plain(configuration(*overrides))
     for found in harness.run("ranks:measured", 2, config):

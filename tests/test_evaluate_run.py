@@ -20,7 +20,7 @@ from gpt.lm_eval import EvalModel
 from gpt.parallel.topology import Topology
 from gpt.runs import source
 from gpt.runs.checkpoint import checkpoint
-from gpt.tasks import evaluate
+from gpt.tasks.workers import evaluate
 from gpt.train.trainer import Trainer
 from gpt.utils.signals import Signals
 

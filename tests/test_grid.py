@@ -19,7 +19,7 @@ from played import PLAYER, cells
 from gpt.runs import run_dir
 from gpt.runs.grid import Cell, Folder, State
 from gpt.utils.console import Console
-from launchers.job import JobFailed
+from gpt.utils.errors import JobFailed
 from launchers.sweep import launch, local_runner
 from launchers.sweep.display import CellOutcome
 from launchers.sweep.local_runner import Live

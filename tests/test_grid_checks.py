@@ -173,8 +173,8 @@ def test_cells_that_cannot_be_one_grid(tmp_path: Path, monkeypatch: pytest.Monke
     told = together(one, serving, typing, gpu)
     assert [problem.split(":")[0] for problem in told] == [
         "cells on cpu and gpu",
-        "task=serve has no end, so it cannot be a cell of a grid",
-        "generate.interactive=true needs your terminal",
+        "task=serve does not go with a grid (-m)",
+        "generate.interactive=true does not go with a grid (-m), which has no terminal",
     ]
     (tmp_path / "file").write_text("")
     assert f"cannot be written ({tmp_path}/file is not a folder)" in together(one, outputs=tmp_path / "file" / "x")[0]

@@ -87,7 +87,7 @@ def test_variables_of_other_jobs_stay_out_and_cores_are_shared(monkeypatch: pyte
     for name in ("PADDLE_MASTER", "PADDLE_TRAINER_ENDPOINTS", "FLAGS_selected_gpus", "POD_IP", "TRAINING_ROLE"):
         monkeypatch.setenv(name, "of another job")
     monkeypatch.setattr(machine, "cores", lambda: 8)
-    env = local.environment(configured([]), 4, live=False)
+    env = local.environment(configured([]), 4)
     assert "of another job" not in env.values()
     assert env["OMP_NUM_THREADS"] == env["MKL_NUM_THREADS"] == "2"
 

@@ -69,8 +69,3 @@ def test_a_run_is_named_after_what_it_computes() -> None:
         assert run_dir.run_name(plain(configured(same)), "single") == name
     for other in (["seed=2"], ["optimizer.lr=1e-3"], ["trainer.max_steps=9"], ["data.seq_len=64"]):
         assert run_dir.run_name(plain(configured(other)), "single") != name
-
-
-def test_the_default_run_keeps_its_name_from_version_to_version() -> None:
-    """The name of 0.1.0's first runs: with another one the same command would start afresh beside them."""
-    assert run_dir.run_name(plain(configured([])), "single") == "tiny_single_faf5290b"

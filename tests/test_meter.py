@@ -7,12 +7,13 @@ from conftest import configured
 
 from gpt.train.metrics import Meter
 from gpt.train.trainer import StepResult
+from gpt.utils import launch_env
 
 
 def test_several_ranks_say_tokens_per_second_of_all_of_a_device_and_of_a_replica(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("GPT_LIVE", raising=False)
+    monkeypatch.delenv(launch_env.VARIABLE, raising=False)
     meter = Meter(configured(["parallel=dp2_mp2_pp2"]))
     rates = meter.rates(2.0)
     assert rates["tokens_per_second"] == meter.tokens_per_step / 2

@@ -16,7 +16,7 @@ from conftest import ROOT
 from gpt.utils.files import Lock
 from launchers.sweep import pool as sweep_pool
 from launchers.sweep.pool import Pool, PoolJob, Running
-from launchers.sweep.slots import CORES, Slots
+from launchers.sweep.slots import Slots
 
 
 class Noted:
@@ -40,7 +40,7 @@ class Noted:
         self.ends.append((job.entry.name, code))
         return self.again(job, code)
 
-    def elsewhere(self, entry: PoolJob) -> None:
+    def held_by_other(self, entry: PoolJob) -> None:
         self.seen.append(entry.name)
 
     def poll(self, running: list[Running], waiting: list[PoolJob]) -> None:
@@ -75,8 +75,8 @@ def entry(tmp_path: Path) -> Callable[..., PoolJob]:
 
 
 def noted(pool: Pool) -> Noted:
-    assert isinstance(pool.watcher, Noted)
-    return pool.watcher
+    assert isinstance(pool.listener, Noted)
+    return pool.listener
 
 
 def until(pools: list[Pool], over: Callable[[], bool]) -> None:
@@ -96,28 +96,15 @@ def test_never_more_than_the_slots_and_no_slot_twice_also_with_two_drivers(
         driver.add([entry(f"{number}-{i}", slots=1 + i % 3) for i in range(8)])
 
     def over() -> bool:
-        used = [slot for driver in drivers for job in driver.running for slot in job.taken.numbers]
+        used = [slot for driver in drivers for job in driver.running for slot in job.lease.numbers]
         assert len(used) == len(set(used)) <= 4
-        assert all(len(job.taken.numbers) == job.entry.slots for driver in drivers for job in driver.running)
+        assert all(len(job.lease.numbers) == job.entry.slots for driver in drivers for job in driver.running)
         return not any(driver.running or driver.waiting for driver in drivers)
 
     until(drivers, over)
     assert sorted(noted(drivers[0]).starts + noted(drivers[1]).starts) == sorted(
         f"{d}-{i}" for d in (0, 1) for i in range(8)
     )
-
-
-def test_a_large_job_is_passed_by_a_few_and_then_its_turn_comes(
-    made: Callable[..., Pool], entry: Callable[..., PoolJob]
-) -> None:
-    small, large = made(), made()
-    small.add([entry(f"s{i}", does=f"sleep 0.0{5 + i % 4}") for i in range(60)])
-    small.step()  # all slots are taken
-    large.add([entry("large", slots=4)])
-    until([small, large], lambda: bool(noted(large).starts))
-    passed = len(noted(small).starts) - 4
-    assert 1 <= passed <= 4 + 4, passed  # so many as there are slots may pass, and what starts within one round
-    until([small, large], lambda: not small.waiting and not small.running)
 
 
 def test_small_jobs_fill_what_a_large_one_leaves(made: Callable[..., Pool], entry: Callable[..., PoolJob]) -> None:
@@ -165,11 +152,11 @@ def test_what_another_runs_is_left_alone_and_taken_over_when_it_is_free(
     pool.run([entry("a"), entry("b"), entry("c")])
     assert noted(pool).seen == ["a", "b"]
     assert sorted(noted(pool).starts) == ["a", "c"]
-    assert pool.elsewhere == []
+    assert pool.held_by_others == []
     assert theirs.acquire()
     pool = made()
     pool.run([entry("a")])
-    assert [each.name for each in pool.elsewhere] == ["a"]
+    assert [each.name for each in pool.held_by_others] == ["a"]
     assert noted(pool).starts == []
 
 
@@ -242,12 +229,12 @@ def test_one_job_can_be_ended_while_the_others_go_on(made: Callable[..., Pool], 
 JOB = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from gpt.utils import signals
+from gpt.utils import launch_env, signals
 def save(number, frame):
     time.sleep(0.6)  # while its driver is dead already
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-signals.die_with_parent(int(os.environ["GPT_GRID_PID"]))
+signals.die_with_parent(launch_env.WorkerEnv.from_env(os.environ).parent)
 print("ready", os.getpid(), flush=True)
 time.sleep(60)
 """
@@ -287,9 +274,10 @@ def test_a_job_has_as_many_cores_per_slot_whichever_slots_it_gets(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(10, 18)))
     two = Slots(4, gpu=False, folder=tmp_path)
-    assert [two.environment([slot])[CORES] for slot in range(4)] == ["10,11", "12,13", "14,15", "16,17"]
-    assert two.environment([0, 3])[CORES] == "10,11,16,17"
+    assert [two.cores([slot]) for slot in range(4)] == [(10, 11), (12, 13), (14, 15), (16, 17)]
+    assert two.cores([0, 3]) == (10, 11, 16, 17)
     shared = Slots(16, gpu=False, folder=tmp_path)
-    assert shared.environment([1])[CORES] == shared.environment([9])[CORES] == "11"
+    assert shared.cores([1]) == shared.cores([9]) == (11,)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
-    assert Slots(3, gpu=True, folder=tmp_path).environment([0, 2]) == {"CUDA_VISIBLE_DEVICES": "4,7"}
+    gpus = Slots(3, gpu=True, folder=tmp_path)
+    assert (gpus.visible_gpus([0, 2]), gpus.cores([0, 2])) == ({"CUDA_VISIBLE_DEVICES": "4,7"}, ())

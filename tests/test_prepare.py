@@ -83,7 +83,7 @@ def test_any_unicode_comes_back(tmp_path_factory: pytest.TempPathFactory, bpe: P
     folder = tmp_path_factory.mktemp("unicode")
     jsonl(folder / "a.jsonl", rows)
     source = inputs.find(replace(PLAIN, input=str(folder / "a.jsonl")))[0]
-    setup = encode.Setup(source, PLAIN, bpe, folder)
+    setup = encode.PreprocessPlan(source, PLAIN, bpe, folder)
     encoder = tokenizer.open_encoder(bpe)
     encode.encode(encode.Chunk(0, (0, 0, source[0].size), [], 0), setup, encoder)
     with np.load(folder / "0.npz") as stored:
@@ -141,7 +141,7 @@ def test_documents_end_where_a_naive_reader_ends_them_wherever_the_file_is_cut(
     path.write_text(text)
     document, separator, naive = RULES[rule]
     prepare = replace(PLAIN, document=DocumentRule(document), separator=separator, input=str(path))
-    setup = encode.Setup(inputs.find(prepare)[0], prepare, path, path.parent)
+    setup = encode.PreprocessPlan(inputs.find(prepare)[0], prepare, path, path.parent)
     found = [r for chunk in pipeline.chunks(setup, size) for _, r in encode.read(chunk, setup)]
     got = [r.raw.decode() for r in found if r.raw and r.raw.strip()]
     assert got == [t for t in naive(text) if t.strip()]
@@ -229,7 +229,7 @@ def test_sentences_may_be_those_of_punkt_which_knows_abbreviations(
 
     config = configured(["task=prepare", "prepare.input=x", "prepare.output=x", "prepare.sentences=punkt"])
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    assert ["python -m nltk.downloader punkt_tab" in p for p in documents.problems(config.prepare)] == [True]
+    assert ["python -m nltk.downloader punkt_tab" in p for p in documents.sentence_problems(config.prepare)] == [True]
 
     trainer = punkt.PunktTrainer("Then Mr. Fox came. He saw Mr. Dog. Mr. Cat ran. " * 30)
     folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
@@ -276,15 +276,12 @@ def test_what_a_failed_start_has_finished_is_not_done_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "join", full)
+        patched.setattr(pipeline, "merge", full)
         with pytest.raises(OSError, match="No space"):
             make(source)
     assert not list((tmp_path / "out").glob("x_[imt]*"))
 
-    def only_setup(process: object, what: object) -> None:
-        assert isinstance(what, encode.Setup)
-
-    monkeypatch.setattr(encode, "_send", only_setup)
+    monkeypatch.delattr(encode, "_encode_chunk")
     assert content(make(source)) == expected
     assert not list((tmp_path / "out").glob("x_work*"))
 

@@ -30,11 +30,11 @@ import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, with all its children
 from gpt.data.preprocess import pipeline
 pipeline.CHUNK_BYTES = {1 << 16}
-judge = pipeline._judge
+check = pipeline._check_bad_share
 def unhurried(*arguments, **options):
     time.sleep(float(os.environ.get("SECONDS_PER_CHUNK", 0)))
-    judge(*arguments, **options)
-pipeline._judge = unhurried
+    check(*arguments, **options)
+pipeline._check_bad_share = unhurried
 from gpt.main import main
 sys.argv[0] = "gpt"
 main()

@@ -78,4 +78,4 @@ def test_a_rank_that_is_late_is_waited_for(text: Path) -> None:
 
 def test_a_rank_that_has_ended_is_noticed_at_once(text: Path) -> None:
     config = plain(configured([*SMALL, "data=text", f"data.path={text}", "parallel=dp2"]))
-    assert harness.run("ranks:quits", 2, config, timeout=100)[0] == "a rank that this one works with has ended"
+    assert harness.run("ranks:quits", 2, config, timeout=100)[0] == "the connection to a peer rank was lost"

@@ -31,7 +31,7 @@ from gpt.inference import logprobs as inference_logprobs
 from gpt.inference.server import address
 from gpt.inference.server.app import CompletionsApp, ServerThread
 from gpt.inference.server.request_queue import RequestQueue
-from gpt.tasks import serve
+from gpt.tasks.workers import serve
 
 
 @contextmanager

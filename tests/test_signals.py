@@ -17,7 +17,8 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from launchers import local, rank_env
-env = dict(os.environ, GPT_DRIVER_PID=str(os.getpid()))
+from gpt.utils.launch_env import WorkerEnv
+env = dict(os.environ, **WorkerEnv(parent=os.getpid()).to_env())
 here = Path(sys.argv[1]).parent
 outcome = local.run_workers(
     [sys.argv[1], str(here)], lambda: rank_env.here(3, gpu=False), here / "logs", env, show=print, poll=lambda: None
@@ -28,8 +29,8 @@ SLEEPER = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 rank = os.environ["PADDLE_TRAINER_ID"]
-from gpt.utils import signals
-signals.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
+from gpt.utils import launch_env, signals
+signals.die_with_parent(launch_env.WorkerEnv.from_env(os.environ).parent)
 open(sys.argv[0] + "." + rank, "w").write(str(os.getpid()))
 time.sleep(600)
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from gpt.data.dataset import TokenDataset
 from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint, saver
 from gpt.runs.run_dir import Job
-from gpt.tasks import pretrain
+from gpt.tasks.workers import pretrain
 from gpt.train import optimizer
 from gpt.train.trainer import Trainer
 
@@ -112,8 +111,6 @@ def test_imported_weights_write_the_text_that_transformers_writes_and_start_a_ru
     assert [r["train/loss"] for r in again[:2]] == [r["train/loss"] for r in first]
     assert again[2]["step"] == 3
 
-    ran = gpt("task=export", "checkpoint=run", "export.format=int8", "export.output=small", "evaluate.max_samples=4")
+    ran = gpt("task=export", "checkpoint=run", "export.format=paddle", "export.output=static")
     assert ran.code == 0, ran.text
-    before, after = map(float, re.findall(r"val/loss (\S+) in float32, (\S+) with int8", ran.out)[0])
-    assert before == pytest.approx(after, rel=0.02)
-    assert {path.name for path in (tmp_path / "small").glob("*.json")} >= {"step.json", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "static").glob("*.json")} >= {"step.json", "tokenizer.json"}

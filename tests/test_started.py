@@ -36,8 +36,8 @@ from pathlib import Path
 run_dir, job_file = Path(sys.argv[3]), Path(sys.argv[4])
 rank, world = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ["PADDLE_TRAINERS_NUM"])
 sys.path.insert(0, {str(ROOT)!r})
-from gpt.utils import files, signals
-signals.die_with_parent(int(os.environ["GPT_DRIVER_PID"]))
+from gpt.utils import files, launch_env, signals
+signals.die_with_parent(launch_env.WorkerEnv.from_env(os.environ).parent)
 files.write_json(run_dir / f"rank{{rank}}.json", dict(os.environ, PID=str(os.getpid())))
 def result():
     if rank == 0:

@@ -14,13 +14,14 @@ import numpy as np
 import paddle
 import pytest
 from conftest import ROOT, configured
-from foreign import greedy, loaded, logits, random_parameters, shape
+from foreign import greedy, loaded, logits, random_parameters
 
-from gpt.config.derived import plain
+from gpt.config.cluster import Device
+from gpt.config.derived import plain, typed
 from gpt.config.schema import Config
 from gpt.data import tokenizer
 from gpt.data.corpus import DatasetInfo
-from gpt.model.gpt import GPT
+from gpt.parallel.topology import Topology
 from gpt.runs.checkpoint import checkpoint, saver
 from gpt.runs.checkpoint.reshard import ShardRange, TensorShard
 from gpt.runs.convert import paddle_inference
@@ -41,11 +42,11 @@ def made(folder: Path) -> checkpoint.Checkpoint:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``checkpoint``, ``paddle`` and ``int8``."""
+    """Folders ``checkpoint`` and ``paddle``."""
     folder = tmp_path_factory.mktemp("exported")
     found = made(folder)
-    paddle_inference.export(found, shape(found), folder / "paddle", small=False)
-    paddle_inference.export(found, shape(found), folder / "int8", small=True)
+    config = typed(found.state["config"])
+    paddle_inference.export(found, config, Topology(config.parallel, Device.cpu), folder / "paddle")
     return folder
 
 
@@ -60,14 +61,6 @@ def predictor(folder: Path, program: str) -> Any:
 
 def run(a_predictor: Any, *inputs: Any) -> list[Any]:
     return [out.numpy().copy() for out in a_predictor.run([paddle.to_tensor(array) for array in inputs])]
-
-
-def round_weights(model: GPT, folder: Path) -> None:
-    """To what eight bits leave of them."""
-    stored = checkpoint.Checkpoint(folder / "checkpoint").model()
-    rounded = paddle_inference.Rounded(stored.folder, stored.index)
-    for name, parameter in model.named_parameters():
-        parameter.set_value(paddle.to_tensor(rounded[name]))
 
 
 def test_logits_are_those_of_the_model_whatever_the_batch_and_length(exported: Path) -> None:
@@ -98,43 +91,17 @@ def test_the_folder_says_what_is_needed_to_use_it(exported: Path) -> None:
     assert {path.name for path in (exported / "paddle").iterdir()} == files
 
 
-def test_int8_computes_with_the_rounded_weights_and_is_smaller(exported: Path) -> None:
-    (out,) = run(predictor(exported / "int8", "model.json"), TOKENS)
-    model = loaded(exported / "checkpoint")
-    before = logits(model, TOKENS)
-    round_weights(model, exported)
-    np.testing.assert_allclose(out, logits(model, TOKENS), atol=2e-5)
-    assert np.abs(out - before).max() > 1e-3  # rounding is not nothing
-    sizes = [(exported / kind / "model.pdiparams").stat().st_size for kind in ("int8", "paddle")]
-    assert sizes[0] < 0.3 * sizes[1]
-
-
-def test_rounding_errs_by_half_a_step_at_most() -> None:
-    matrix = np.random.default_rng(0).normal(size=(50, 30)).astype(np.float32)
-    for axis in (0, 1):
-        packed = paddle_inference.pack(matrix, axis)
-        error = np.abs(packed.unpacked() - matrix)
-        assert (error <= np.expand_dims(packed.scale, 1 - axis) / 2 * 1.0001).all()
-        assert (np.abs(packed.numbers).max(axis=1 - axis) == 127).all()
-    assert (paddle_inference.pack(np.zeros((2, 2), np.float32), 1).unpacked() == 0).all()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["paddle", "int8"])
-def test_the_program_of_the_page_continues_a_prompt_without_this_package(
-    exported: Path, tmp_path: Path, kind: str
-) -> None:
+def test_the_program_of_the_page_continues_a_prompt_without_this_package(exported: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(# continue\.py\n.*?)```", page, re.S)
     (tmp_path / "continue.py").write_text(program)
     alone = "import runpy, sys; sys.modules['gpt'] = None; runpy.run_path('continue.py', run_name='__main__')"
-    command = [sys.executable, "-W", "ignore", "-c", alone, str(exported / kind), "the cat", "12"]
+    command = [sys.executable, "-W", "ignore", "-c", alone, str(exported / "paddle"), "the cat", "12"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     encoder = tokenizer.open_encoder(exported / "tokenizer.json")
     model = loaded(exported / "checkpoint")
-    if kind == "int8":
-        round_weights(model, exported)
     tokens = greedy(lambda row: logits(model, row), encoder.encode("the cat").tolist(), 12)
     assert done.stdout == encoder.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens) + "\n"

@@ -138,13 +138,12 @@ def test_no_values_of_variables_are_in_what_is_submitted(
         (["cluster=slurm", "cluster.environment=['KEY=1']"], r"names of variables only"),
         (["cluster=slurm", "cluster.sbatch=[exclusive]"], r"'exclusive' is no option of sbatch"),
         (["cluster=slurm", "task=serve"], r"task=serve does not go with cluster=slurm"),
-        (["cluster=slurm", "task=generate", "generate.interactive=true"], r"nobody types"),
+        (["cluster=slurm", "task=generate", "generate.interactive=true"], r"which has no terminal"),
         (["cluster.partition=x"], r"goes with cluster=slurm, not with cluster=local"),
-        (["cluster=slurm", "cluster.image=x"], r"goes with cluster=kubernetes"),
+        (["cluster=slurm", "cluster.port=1"], r"goes with cluster=nodes"),
         (["dry_run=true"], r"add cluster=slurm; for this host there is task=plan"),
         (["cluster=nodes"], r"needs the hosts: cluster.hosts=\[a,b\]"),
         (["cluster=nodes", "cluster.hosts=[a,b,c]", "parallel=dp2"], r"3 hosts do not make the 2 ranks"),
-        (["cluster=kubernetes"], r"needs an image"),
     ],
 )
 def test_what_cannot_be_asked_of_a_cluster_is_said_before(overrides: list[str], says: str) -> None:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from gpt.data.corpus import DatasetInfo, DatasetPart
 from gpt.runs import wandb_run
 from gpt.runs.run_dir import Job
-from gpt.train.loggers.wandb import WandbSink
+from gpt.train.loggers.wandb import WandbLogger
 from gpt.train.metrics import Meter, validation
 from gpt.train.trainer import StepResult
 from scripts import make_dashboard
@@ -86,7 +86,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
 
 
 def test_without_a_key_wandb_is_offline_and_asks_nothing(tmp_path: Path, wandb: FakeWandb) -> None:
-    WandbSink(job(tmp_path))
+    WandbLogger(job(tmp_path))
     assert [asked["mode"] for asked in wandb.asked] == ["offline"]
 
 
@@ -104,7 +104,7 @@ def test_without_a_network_wandb_goes_on_offline_under_the_same_id(
     tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    sink = WandbSink(job(tmp_path, "tags=[mine]"))
+    sink = WandbLogger(job(tmp_path, "tags=[mine]"))
     assert [asked["mode"] for asked in wandb.asked] == ["online", "offline"]
     first, second = wandb.asked
     assert first["id"] == second["id"] == (tmp_path / "wandb_id").read_text()
@@ -112,20 +112,20 @@ def test_without_a_network_wandb_goes_on_offline_under_the_same_id(
     assert first["settings"]["init_timeout"] == 20
     assert "k" * 40 not in json.dumps(first, default=str)
 
-    again = WandbSink(job(tmp_path))
+    again = WandbLogger(job(tmp_path))
     assert wandb.asked[-1]["id"] == first["id"]
     assert again is not sink
 
 
 def test_asked_for_online_wandb_says_why_it_cannot(tmp_path: Path, wandb: FakeWandb) -> None:
     with pytest.raises(TimeoutError):
-        WandbSink(job(tmp_path, "logger.wandb.mode=online"))
+        WandbLogger(job(tmp_path, "logger.wandb.mode=online"))
 
 
 def test_a_broken_wandb_does_not_reach_the_training(
     tmp_path: Path, wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sink = WandbSink(job(tmp_path))
+    sink = WandbLogger(job(tmp_path))
     wandb.broken = True
     sink.write({"step": 1, "train/loss": 1.0})
     sink.sampled(1)  # there is not even a samples.jsonl
@@ -136,9 +136,9 @@ def test_a_broken_wandb_does_not_reach_the_training(
 
 
 def test_an_end_that_needs_a_person_is_an_alert(tmp_path: Path, wandb: FakeWandb) -> None:
-    WandbSink(job(tmp_path)).close("done", 0)
+    WandbLogger(job(tmp_path)).close("done", 0)
     assert wandb.alerts == []
-    WandbSink(job(tmp_path)).close("guard", 3, "the loss of step 7 is nan")
+    WandbLogger(job(tmp_path)).close("guard", 3, "the loss of step 7 is nan")
     assert wandb.alerts == ["the loss of step 7 is nan"]
     assert wandb.summary["status"] == "guard"
 
@@ -148,7 +148,7 @@ def test_an_end_that_needs_a_person_is_an_alert(tmp_path: Path, wandb: FakeWandb
 
 def test_a_run_carries_what_it_is_found_and_grouped_by(tmp_path: Path, wandb: FakeWandb) -> None:
     overrides = ["parallel=dp2_mp2", "tags=[mine]", "logger.wandb.name='lr=1 seed=2'", "logger.wandb.group=grid"]
-    WandbSink(job(tmp_path, *overrides))
+    WandbLogger(job(tmp_path, *overrides))
     (asked,) = wandb.asked
     assert (asked["name"], asked["group"], asked["job_type"]) == ("lr=1 seed=2", "grid", "pretrain")
     assert asked["tags"] == ["tiny", "fp32", "dp2_mp2", "4 ranks", "mine"]
@@ -157,7 +157,7 @@ def test_a_run_carries_what_it_is_found_and_grouped_by(tmp_path: Path, wandb: Fa
     }  # fmt: skip
     assert asked["config"]["model"]["hidden"] == 128
     assert "${" not in json.dumps(asked["config"])
-    WandbSink(job(tmp_path))
+    WandbLogger(job(tmp_path))
     assert wandb.asked[-1]["name"] == tmp_path.name
 
 
@@ -230,7 +230,7 @@ def test_online_only_what_the_server_lacks_is_sent(
     earlier.mkdir(parents=True)
     for there, sent in ((8, [9, 10]), (4, [5, 6, 7, 8, 9, 10])):
         wandb.step, wandb.logged = there + 1, []
-        sink = WandbSink(job(tmp_path))
+        sink = WandbLogger(job(tmp_path))
         for step in range(7, 11):
             sink.write({"step": step})
         assert wandb.logged == sent
@@ -242,9 +242,9 @@ import os, signal
 from pathlib import Path
 from gpt.train.loggers.base import Jsonl
 from gpt.runs.run_dir import Job
-from gpt.train.loggers.wandb import WandbSink
+from gpt.train.loggers.wandb import WandbLogger
 job = Job.read(Path({run_dir!r}))
-sink, jsonl = WandbSink(job), Jsonl(job.run_dir / "metrics.jsonl")
+sink, jsonl = WandbLogger(job), Jsonl(job.run_dir / "metrics.jsonl")
 for step in range({first}, {last} + 1):
     for each in (jsonl, sink):
         each.write({{"step": step, "tokens": 10 * step, "train/loss": 5 - step / 100}})

@@ -84,22 +84,6 @@ def test_every_kind_of_file_gives_the_same_weights(tmp_path: Path, reference: An
         assert all(np.array_equal(there[key], wanted[key]) for key in wanted), name
 
 
-def test_torchs_own_files_give_the_same_weights(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    state = {name: torch.from_numpy(value) for name, value in load_file(gpt2(tmp_path / "hf") / WEIGHTS).items()}
-    bare = {name.removeprefix("transformer."): value for name, value in state.items()}
-    bare["h.0.attn.bias"] = torch.tril(torch.ones(1, 1, 40, 40, dtype=torch.bool))
-    wanted = checkpoint.Checkpoint(imported(tmp_path / "hf", tmp_path / "out")).model()
-    for name, value, new in (("zip", state, True), ("before 1.6", state, False), ("bare", bare, True)):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text((tmp_path / "hf/config.json").read_text())
-        torch.save(value, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new)
-        there = checkpoint.Checkpoint(imported(folder, tmp_path / f"out {name}")).model()
-        assert there.shapes == wanted.shapes
-        assert all(np.array_equal(there[key], wanted[key]) for key in wanted), name
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_files_are_widened_exactly(tmp_path: Path, reference: Any, dtype: str) -> None:
     file = reference.half(tmp_path)
@@ -110,16 +94,6 @@ def test_half_precision_files_are_widened_exactly(tmp_path: Path, reference: Any
         there = tensor_files.open_file(path)[dtype].read()
         assert there.dtype == np.float32
         np.testing.assert_array_equal(there, value)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_torchs_own_files_in_half_precision_are_widened_exactly(tmp_path: Path, dtype: str) -> None:
-    torch = pytest.importorskip("torch")
-    value = torch.randn(3, 5).to(getattr(torch, dtype))
-    torch.save({"a": value.t()}, tmp_path / "a.bin")
-    there = tensor_files.open_file(tmp_path / "a.bin")["a"].read()
-    assert there.dtype == np.float32
-    np.testing.assert_array_equal(there.T, value.float().numpy())
 
 
 def test_pickles_of_older_numpy_and_python_are_read(tmp_path: Path) -> None:

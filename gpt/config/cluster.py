@@ -22,7 +22,6 @@ class ClusterKind(Enum):
     local = "local"  # this host, now
     slurm = "slurm"  # sbatch
     nodes = "nodes"  # the user, on every host, by commands that are printed
-    kubernetes = "kubernetes"  # the training operator, from a manifest that is printed
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Cluster:
     per_node: int | None = None  # ranks of a node: its GPUs, or on a CPU as many as it is to simulate
     python: str | None = None  # the interpreter on the nodes; None: this one's path
     cpus: int | None = None  # cores of a node; None: one per rank
-    mem: str | None = None  # memory of a node, as the cluster writes it: 64G, 64Gi
+    mem: str | None = None  # memory of a node, as Slurm writes it: 64G
     # Slurm
     partition: str | None = None
     account: str | None = None
@@ -54,10 +53,3 @@ class Cluster:
     # by hand
     hosts: list[str] = field(default_factory=list)
     port: int = 29500  # on the first host
-    # Kubernetes
-    image: str | None = None  # with this project installed
-    namespace: str | None = None
-    claim: str | None = None  # a persistent volume claim that all pods share
-    mount: str | None = None  # where it is in the pods; runs and data are there
-    secret: str | None = None  # its entries become environment variables: W&B's key
-    output: str | None = None  # the manifest's file; None: standard output

@@ -7,37 +7,34 @@ from collections.abc import Iterator
 
 from gpt.config.cluster import Cluster, ClusterKind, Device
 from gpt.config.derived import replicas, world_size
-from gpt.config.schema import Config, Task
+from gpt.config.schema import Config, Ranks
+from gpt.config.task_schemas import Section
 
-_S, _N, _K = ClusterKind.slurm, ClusterKind.nodes, ClusterKind.kubernetes
+_S, _N = ClusterKind.slurm, ClusterKind.nodes
 # Which kinds read a key; the first four and dry_run are for all.
 READ_BY = {
-    "per_node": (_S, _N, _K), "python": (_S,), "cpus": (_S, _K), "mem": (_S, _K),
+    "per_node": (_S, _N), "hosts": (_N,), "port": (_N,),
     **dict.fromkeys(("partition", "account", "qos", "constraint", "time", "gpu_type", "sbatch", "setup"), (_S,)),
     **dict.fromkeys(("environment", "signal_seconds", "requeue", "wait", "max_parallel"), (_S,)),
-    "hosts": (_N,), "port": (_N,),
-    **dict.fromkeys(("image", "namespace", "claim", "mount", "secret", "output"), (_K,)),
+    **dict.fromkeys(("python", "cpus", "mem"), (_S,)),
 }  # fmt: skip
-# What computes, and so is not for the machine where the command is typed.
-AWAY = (Task.pretrain, Task.evaluate, Task.generate, Task.export, Task.serve)
 _TIME = re.compile(r"\d+-\d+(:\d\d){0,2}|\d+:\d\d:\d\d")
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_QUANTITY = {_S: (re.compile(r"\d+[KMGT]?"), "64G"), _K: (re.compile(r"\d+(\.\d+)?[KMGT]i?"), "64Gi")}
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_MEMORY = re.compile(r"\d+[KMGT]?")
 
 
 def is_away(config: Config) -> bool:
     """Whether the command is for other machines than this one."""
-    return config.cluster.kind is not ClusterKind.local and config.task in AWAY
+    return config.cluster.kind is not ClusterKind.local and config.task.facts.ranks is not Ranks.none
 
 
 def nodes(config: Config) -> int:
-    """Hosts, nodes or pods that a job takes."""
+    """Return the number of hosts or nodes that a job takes."""
     return max(1, world_size(config) // ranks_per_node(config))
 
 
 def ranks_per_node(config: Config) -> int:
-    """Ranks of each of them."""
+    """Return the number of ranks on each node."""
     cluster, ranks = config.cluster, world_size(config)
     if cluster.kind is ClusterKind.nodes:
         return cluster.per_node or ranks // len(cluster.hosts)
@@ -62,14 +59,11 @@ def cluster_problems(config: Config) -> Iterator[str]:
         yield from _shared_out(config)
     if kind is ClusterKind.slurm:
         yield from _slurm(cluster)
-    if kind is ClusterKind.kubernetes:
-        yield from _kubernetes(cluster)
-    if kind in _QUANTITY and cluster.mem is not None and not _QUANTITY[kind][0].fullmatch(cluster.mem):
-        yield f"cluster.mem={cluster.mem}: memory of a node, written like {_QUANTITY[kind][1]}"
-    if kind in (ClusterKind.slurm, ClusterKind.kubernetes) and config.task in AWAY:
-        yield from _nobody_there(config)
-        if cluster.device is Device.auto:
-            yield f"cluster={kind.value} must know whether to ask for GPUs: cluster.device=gpu or cluster.device=cpu"
+        if is_away(config):
+            if isinstance(section := getattr(config, config.task.name, None), Section):
+                yield from section.unattended_problems("cluster=slurm")
+            if cluster.device is Device.auto:
+                yield "cluster=slurm must know whether to ask for GPUs: cluster.device=gpu or cluster.device=cpu"
 
 
 def _shared_out(config: Config) -> Iterator[str]:
@@ -94,6 +88,8 @@ def _shared_out(config: Config) -> Iterator[str]:
 
 
 def _slurm(cluster: Cluster) -> Iterator[str]:
+    if cluster.mem is not None and not _MEMORY.fullmatch(cluster.mem):
+        yield f"cluster.mem={cluster.mem}: memory of a node, written like 64G"
     if cluster.time is not None and not _TIME.fullmatch(cluster.time):
         yield (
             f"cluster.time={cluster.time}: write hours:minutes:seconds, or days in front: 12:00:00, 2-00:00:00 "
@@ -109,28 +105,3 @@ def _slurm(cluster: Cluster) -> Iterator[str]:
     for line in cluster.sbatch:
         if not line.startswith("-") or "\n" in line:
             yield f"cluster.sbatch: {line!r} is no option of sbatch, which begins with -"
-
-
-def _kubernetes(cluster: Cluster) -> Iterator[str]:
-    if not cluster.image:
-        yield "cluster=kubernetes needs an image with this project installed: cluster.image=REGISTRY/NAME:TAG"
-    for key in ("namespace", "claim", "secret"):
-        value = getattr(cluster, key)
-        if value is not None and not _LABEL.fullmatch(value):
-            yield f"cluster.{key}={value}: Kubernetes wants small letters, digits and - in a name"
-    if cluster.mount is not None and not cluster.mount.startswith("/"):
-        yield f"cluster.mount={cluster.mount}: a path that begins with /"
-
-
-def _nobody_there(config: Config) -> Iterator[str]:
-    """Tasks that need a person, or somebody who asks."""
-    generate, name = config.generate, f"cluster={config.cluster.kind.value}"
-    if config.task is Task.serve:
-        yield (
-            f"task=serve does not go with {name}: whoever asks must know the address, and the job ends when its time "
-            "is over; take a node (salloc, or an interactive pod) and start it there"
-        )
-    if config.task is Task.generate and generate.interactive:
-        yield f"generate.interactive=true does not go with {name}, where nobody types: generate.prompts=FILE"
-    if config.task is Task.generate and generate.prompts == "-":
-        yield f"generate.prompts=- does not go with {name}, which has no standard input: generate.prompts=FILE"

@@ -97,7 +97,7 @@ def resolve_device(config: Config) -> Device:
 
 def needs_checkpoint(task: Task) -> bool:
     """Return whether the task reads a trained run or checkpoint."""
-    return task in (Task.evaluate, Task.generate, Task.serve, Task.export)
+    return task.facts.needs_checkpoint
 
 
 def peak(device: DeviceSpec, dtype: DType) -> float | None:

@@ -1,53 +1,127 @@
-"""Names and shapes of all parameters, and which rank of a sharding group updates each: arithmetic, no Paddle."""
+"""The table of parameters, by logical name: the name in checkpoints, whatever the topology. Arithmetic, no Paddle.
+
+The model, the optimizer, sharding, checkpoints, conversion and the plan read it. A kind of parameter is a row.
+"""
 
 from __future__ import annotations
 
 import heapq
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NamedTuple
 
 from gpt.config.derived import padded
-from gpt.config.schema import Config
+from gpt.config.schema import Config, Model
 
-WORD = "word.weight"  # the table that the head is tied to
+WORD = "word.weight"
+BLOCK = "layers.*."  # begins the name of a kind that every block has
 
-
-def parameter_shapes(config: Config) -> dict[str, list[int]]:
-    """Of all parameters of the model, as one process has them and a checkpoint holds them."""
-    m = config.model
-    return shapes_of(m.vocab, m.hidden, m.layers, m.ffn, m.positions)
+REPLICAS, MP = "replicas", "mp"  # axes of the semi-auto engine's mesh
 
 
-def shapes_of(vocab: int, hidden: int, layers: int, ffn: int, positions: int) -> dict[str, list[int]]:
-    """The same from the model's shape; the table's rows are padded as on one rank."""
-    blocks = {f"layers.{i}.{k}": v for i in range(layers) for k, v in block_shapes(hidden, ffn).items()}
-    norm = {"norm.weight": [hidden], "norm.bias": [hidden]}
-    return {WORD: [padded(vocab, 1), hidden], "position.weight": [positions, hidden], **blocks, **norm}
+class Init(Enum):
+    """Distribution of the initial values."""
+
+    normal = "N(0, init_std^2)"
+    residual = "N(0, init_std^2 / 2 layers) if model.scale_output_init (Radford et al., 2019), else as normal"
+    constant = "as the layer is built: LayerNorm weights 1, biases 0"
 
 
-def block_shapes(hidden: int, ffn: int) -> dict[str, list[int]]:
-    """Of one block's parameters."""
-    norm = {"weight": [hidden], "bias": [hidden]}
+@dataclass(frozen=True)
+class Parameter:
+    """A row of the table.
+
+    Attributes:
+        name: logical name, with * for the layer.
+        shape: global shape, in the dimensions that ``global_shape`` knows.
+        tp_axis: axis that is split over the tensor-parallel ranks; None: replicated.
+        init: distribution of the initial values.
+        weight_decay: whether the optimizer decays it: matrices and embeddings.
+        part: of the model; the embedding is on the first pipeline stage, the head on the last.
+        shared: the embedding that the head is tied to, so that the last stage has it, too.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    tp_axis: int | None
+    init: Init
+    weight_decay: bool
+    part: Literal["embedding", "block", "head"]
+    shared: bool = False
+
+
+_H = "hidden"
+# In the order of checkpoints. The columns of qkv are ordered by head, so that splitting columns splits heads.
+TABLE = (
+    Parameter("word.weight", ("vocab", _H), 0, Init.normal, True, "embedding", shared=True),
+    Parameter("position.weight", ("positions", _H), None, Init.normal, True, "embedding"),
+    Parameter("layers.*.norm1.weight", (_H,), None, Init.constant, False, "block"),
+    Parameter("layers.*.norm1.bias", (_H,), None, Init.constant, False, "block"),
+    Parameter("layers.*.attention.qkv.weight", (_H, "qkv"), 1, Init.normal, True, "block"),
+    Parameter("layers.*.attention.qkv.bias", ("qkv",), 0, Init.constant, False, "block"),
+    Parameter("layers.*.attention.out.weight", (_H, _H), 0, Init.residual, True, "block"),
+    Parameter("layers.*.attention.out.bias", (_H,), None, Init.constant, False, "block"),
+    Parameter("layers.*.norm2.weight", (_H,), None, Init.constant, False, "block"),
+    Parameter("layers.*.norm2.bias", (_H,), None, Init.constant, False, "block"),
+    Parameter("layers.*.fc1.weight", (_H, "ffn"), 1, Init.normal, True, "block"),
+    Parameter("layers.*.fc1.bias", ("ffn",), 0, Init.constant, False, "block"),
+    Parameter("layers.*.fc2.weight", ("ffn", _H), 0, Init.residual, True, "block"),
+    Parameter("layers.*.fc2.bias", (_H,), None, Init.constant, False, "block"),
+    Parameter("norm.weight", (_H,), None, Init.constant, False, "head"),
+    Parameter("norm.bias", (_H,), None, Init.constant, False, "head"),
+)
+_ROWS = {row.name: row for row in TABLE}
+
+
+def parameter(name: str) -> Parameter:
+    """Return the row of a logical name.
+
+    Example:
+        >>> parameter("layers.3.attention.qkv.weight").tp_axis, parameter("layers.3.norm1.weight").tp_axis
+        (1, None)
+    """
+    return _ROWS[re.sub(r"^layers\.\d+\.", BLOCK, name)]
+
+
+class Dimensions(NamedTuple):
+    """Dimensions of a model, hashable."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    ffn: int
+    positions: int
+
+    @classmethod
+    def of(cls, model: Model) -> Dimensions:
+        """Take them from the configuration."""
+        return cls(model.vocab, model.hidden, model.layers, model.ffn, model.positions)
+
+
+def global_shape(row: Parameter, model: Dimensions, mp: int = 1) -> list[int]:
+    """Return the shape of all ranks' shards together; the rows of the word table are padded for ``mp`` ranks."""
+    sizes = {
+        "vocab": padded(model.vocab, mp), "positions": model.positions, "hidden": model.hidden,
+        "qkv": 3 * model.hidden, "ffn": model.ffn,
+    }  # fmt: skip
+    return [sizes[size] for size in row.shape]
+
+
+def model_parameters(model: Dimensions) -> dict[str, Parameter]:
+    """Return the rows of all parameters of a model, by logical name, in the order of checkpoints."""
+    blocks = [row for row in TABLE if row.part == "block"]
     return {
-        **{f"norm1.{k}": v for k, v in norm.items()},
-        "attention.qkv.weight": [hidden, 3 * hidden],
-        "attention.qkv.bias": [3 * hidden],
-        "attention.out.weight": [hidden, hidden],
-        "attention.out.bias": [hidden],
-        **{f"norm2.{k}": v for k, v in norm.items()},
-        "fc1.weight": [hidden, ffn],
-        "fc1.bias": [ffn],
-        "fc2.weight": [ffn, hidden],
-        "fc2.bias": [hidden],
+        **{row.name: row for row in TABLE if row.part == "embedding"},
+        **{row.name.replace("*", str(layer)): row for layer in range(model.layers) for row in blocks},
+        **{row.name: row for row in TABLE if row.part == "head"},
     }
 
 
-def is_tensor_parallel(name: str) -> bool:
-    """Whether the mp ranks share a parameter out.
-
-    Example:
-        >>> [name for name in block_shapes(8, 32) if is_tensor_parallel(name)][-3:]
-        ['fc1.weight', 'fc1.bias', 'fc2.weight']
-    """
-    return name == WORD or name.endswith((".out.weight", "fc2.weight")) or ".qkv." in name or "fc1." in name
+def parameter_shapes(config: Config) -> dict[str, list[int]]:
+    """Return the shapes of all parameters as on one rank, which are those in checkpoints."""
+    model = Dimensions.of(config.model)
+    return {name: global_shape(row, model) for name, row in model_parameters(model).items()}
 
 
 def owners(sizes: dict[str, int], degree: int) -> dict[str, int]:
@@ -63,34 +137,3 @@ def owners(sizes: dict[str, int], degree: int) -> dict[str, int]:
         least, owner[name] = load[0]
         heapq.heapreplace(load, (least + size, owner[name]))
     return owner
-
-
-# What the semi-auto engine is told about the model: the whole of the annotation, by logical parameter name.
-
-REPLICAS, MP = "replicas", "mp"
-
-# The end of a name, and the axis of the parameter that is shared out along ``mp``.
-TP_AXES = {
-    "word.weight": 0,  # rows: tokens
-    "attention.qkv.weight": 1,  # columns: heads
-    "attention.qkv.bias": 0,
-    "attention.out.weight": 0,  # rows: heads
-    "fc1.weight": 1,
-    "fc1.bias": 0,
-    "fc2.weight": 0,
-}
-
-
-def tp_axis(name: str) -> int | None:
-    """The axis along which the mp ranks share a parameter out; None if each has all of it.
-
-    Example:
-        >>> tp_axis("layers.3.attention.qkv.weight"), tp_axis("layers.3.norm1.weight")
-        (1, None)
-    """
-    return next((axis for end, axis in TP_AXES.items() if name.endswith(end)), None)
-
-
-def has_weight_decay(name: str) -> bool:
-    """Whether weight decay applies to a parameter: matrices and embeddings, not biases and LayerNorm."""
-    return not name.endswith(".bias") and ".norm" not in f".{name}"

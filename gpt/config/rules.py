@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from gpt.config import derived
 from gpt.config.cluster_rules import cluster_problems
 from gpt.config.derived import global_batch_size, micro_batch_size, peak, replicas, world_size
+from gpt.config.optimizers import OPTIMIZERS
 from gpt.config.sampling import Sampling
-from gpt.config.schema import Config, DataKind, DType, EngineKind, Recompute, Task
-from gpt.config.task_schemas import Detokenizer, DeviceSpec, DocumentRule, EvaluateKind
-
-NO_GROUPS = (
-    "seed", "tags", "notes", "checkpoint", "prompt",
-    "yes", "dry_run", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan", "grid",
-    "optuna", "report",
-)  # fmt: skip
-BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
+from gpt.config.schema import TASK_SECTIONS, Config, DataKind, DType, EngineKind, Ranks, Recompute, Task
+from gpt.config.task_schemas import BYTE_ALPHABET, DeviceSpec, Section
 
 
 def check(composed: DictConfig, choices: dict[str, Any]) -> tuple[Config | None, list[str]]:
@@ -125,9 +118,11 @@ def _all_keys() -> list[str]:
     return list(known_keys())
 
 
+@functools.cache
 def _required_groups() -> list[str]:
-    groups = [f.name for f in dataclasses.fields(Config)]
-    return [g for g in groups if g not in NO_GROUPS]
+    """Return the config groups that need an option: sections of tasks and grids are no groups."""
+    sections = [key for key, kind in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(kind)]
+    return ["task", *(name for name in sections if name not in (*TASK_SECTIONS, "grid", "optuna"))]
 
 
 def group_problems(choices: dict[str, Any]) -> list[str]:
@@ -147,9 +142,7 @@ def rule_problems(config: Config) -> list[str]:
         *_data(config),
         *plan_problems(config),
         *cluster_problems(config),
-        *(_prepare(config) if config.task is Task.prepare else ()),
-        *(_serve(config) if config.task is Task.serve else ()),
-        *(_evaluate(config) if config.task is Task.evaluate else ()),
+        *_task(config),
     ]
 
 
@@ -183,9 +176,7 @@ def _ranges(config: Config) -> Iterator[str]:
     yield from Sampling.of(config.generate, config.seed).problems()
     if not config.generate.prompt:
         yield "generate.prompt is empty: there must be something to continue"
-    betas = config.optimizer.betas
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-        yield f"optimizer.betas={betas}: two numbers from 0 up to but not including 1"
+    yield from _optimizer(config)
     if config.schedule.min_lr > config.optimizer.lr:
         yield f"schedule.min_lr={config.schedule.min_lr} is above optimizer.lr={config.optimizer.lr}"
     if config.schedule.warmup_steps > config.schedule.decay_steps and config.schedule.name.value == "cosine":
@@ -200,6 +191,19 @@ def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
+
+
+def _optimizer(config: Config) -> Iterator[str]:
+    if config.optimizer.name not in OPTIMIZERS:
+        yield f"optimizer.name={config.optimizer.name}: no such optimizer; there are {', '.join(OPTIMIZERS)}"
+    elif config.parallel.engine is EngineKind.auto and not OPTIMIZERS[config.optimizer.name].semi_auto:
+        tried = ", ".join(name for name, spec in OPTIMIZERS.items() if spec.semi_auto)
+        yield f"optimizer.name={config.optimizer.name} was not tried with parallel.engine=auto: use {tried}, or fleet"
+    if not 0 <= config.optimizer.momentum < 1:
+        yield f"optimizer.momentum={config.optimizer.momentum}: from 0 up to but not including 1"
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        yield f"optimizer.betas={betas}: two numbers from 0 up to but not including 1"
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -287,58 +291,19 @@ def _data(config: Config) -> Iterator[str]:
         yield f"data.eot_id={data.eot_id} is outside the vocabulary of model.vocab={config.model.vocab} tokens"
 
 
-def _prepare(config: Config) -> Iterator[str]:
-    prepare = config.prepare
-    if not prepare.input:
-        yield "prepare.input has no value: give files, folders, globs, or - with prepare.input=..."
-    if not prepare.output:
-        yield "prepare.output has no value: give the prefix of the files to make with prepare.output=..."
-    if prepare.tokenizer is None and prepare.vocab <= BYTE_ALPHABET:
-        yield f"prepare.vocab={prepare.vocab}: a byte-level BPE needs at least {BYTE_ALPHABET + 1} tokens"
-    if prepare.tokenizer is None and prepare.input == "-":
+def _task(config: Config) -> Iterator[str]:
+    """Problems of the command's own task."""
+    parallel, ranks = config.parallel, config.task.facts.ranks
+    if ranks is Ranks.one and world_size(config) > 1:
+        yield f"task={config.task.value} is done by one rank, not {world_size(config)}: leave out parallel=..."
+    if ranks is Ranks.one_replica and replicas(config) > 1:
         yield (
-            "prepare.input=- needs prepare.tokenizer=...: training one reads the text before it is encoded, "
-            "and standard input comes only once"
-        )
-    for key in ("val_share", "max_bad"):
-        if not 0 <= getattr(prepare, key) < 1:
-            yield f"prepare.{key}={getattr(prepare, key)}: a share from 0 up to but not including 1"
-    if (prepare.document in (DocumentRule.literal, DocumentRule.regex)) != bool(prepare.separator):
-        yield f"prepare.document={prepare.document.value}: prepare.separator goes with literal and regex only"
-    elif prepare.document is DocumentRule.regex:
-        try:
-            re.compile(str(prepare.separator))
-        except re.error as error:
-            yield f"prepare.separator={prepare.separator}: not a regular expression ({error})"
-
-
-def _serve(config: Config) -> Iterator[str]:
-    if config.serve.port > 65535:
-        yield f"serve.port={config.serve.port}: at most 65535"
-    if not 0 < config.serve.queue_seconds < float("inf"):
-        yield f"serve.queue_seconds={config.serve.queue_seconds}: must be more than 0"
-    if replicas(config) > 1:
-        yield (
-            f"task=serve: parallel.dp_degree={config.parallel.dp_degree} and parallel.sharding_degree="
-            f"{config.parallel.sharding_degree} would make {replicas(config)} copies of the model that answer the same "
+            f"task={config.task.value}: parallel.dp_degree={parallel.dp_degree} and parallel.sharding_degree="
+            f"{parallel.sharding_degree} would make {replicas(config)} copies of the model that answer the same "
             "request: start as many servers with other ports behind a balancer; mp and pp degrees share one model out"
         )
-
-
-def _evaluate(config: Config) -> Iterator[str]:
-    """What does not depend on the trained run; the rest is in ``gpt.runs.evaluation``."""
-    evaluate, kind = config.evaluate, config.evaluate.kind
-    if kind is EvaluateKind.split and evaluate.path is not None:
-        yield (
-            f"evaluate.path={evaluate.path} goes with evaluate.kind=text or cloze; "
-            "the split of other token files: data=tokens data.path=..."
-        )
-    if kind is not EvaluateKind.split and not evaluate.path:
-        yield f"evaluate.kind={kind.value} reads a file: name it with evaluate.path=..."
-    if kind is not EvaluateKind.text and evaluate.detokenizer is not Detokenizer.none:
-        yield f"evaluate.detokenizer={evaluate.detokenizer.value} goes with evaluate.kind=text, not {kind.value}"
-    if kind is EvaluateKind.cloze and evaluate.stride is not None:
-        yield f"evaluate.stride={evaluate.stride}: evaluate.kind=cloze has passages, not windows"
+    if isinstance(section := getattr(config, config.task.name, None), Section):
+        yield from section.problems()
 
 
 def _nearest_divisor(of: int, near: int) -> int:
@@ -356,8 +321,8 @@ def engine_problems(config: Config) -> Iterator[str]:
         if parallel.static:
             yield "parallel.static=true lowers what the semi-auto engine has placed: add parallel.engine=auto"
         return
-    if config.task in (Task.evaluate, Task.generate, Task.serve, Task.export):
-        return  # they read weights under Fleet, see gpt.runs.source
+    if config.task.facts.needs_checkpoint:
+        return  # such tasks read weights under Fleet, see gpt.runs.source
     if world_size(config) == 1:
         yield f"parallel.engine=auto places tensors on several ranks, and all degrees are 1: {fleet}"
     if parallel.virtual_pp_degree > 1:

@@ -2,11 +2,15 @@
 
 Neither Hydra nor Paddle is imported here, so that a worker can read a job without the one and a laptop can plan a 175B
 run without the other. Rules between fields: ``gpt.config.rules``.
+
+A run's name hashes its configuration. A key that is added later records in its ``metadata`` the generation of the
+schema that it came ``since``, and as ``default`` the plain value that stands for what was done before: with it the key
+is no part of the name (``gpt.runs.run_dir.identity``). It stays as recorded even if conf/ has another value one day.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from omegaconf import MISSING
@@ -45,8 +49,8 @@ class Parallel:
     pp_degree: int = MISSING
     virtual_pp_degree: int = MISSING
     sequence_parallel: bool = MISSING
-    engine: EngineKind = EngineKind.fleet
-    static: bool = False  # of engine=auto: the step is lowered to a static program
+    engine: EngineKind = field(default=EngineKind.fleet, metadata={"since": 2, "default": "fleet"})
+    static: bool = field(default=False, metadata={"since": 2, "default": False})  # engine=auto: a static program
 
 
 def degrees_name(p: Parallel) -> str:
@@ -78,6 +82,43 @@ class Task(Enum):
     import_weights = "import_weights"
     export = "export"
     report = "report"
+
+    @property
+    def facts(self) -> TaskFacts:
+        """The task's row of ``TASKS``."""
+        return TASKS[self]
+
+
+class Ranks(Enum):
+    """How many worker processes compute a task."""
+
+    none = "none"  # the driver does it alone, on this machine
+    one = "one"
+    one_replica = "one_replica"
+    any = "any"
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What rules, run names and grids need to know of a task; its module in ``gpt.tasks`` has the rest."""
+
+    ranks: Ranks = Ranks.any
+    trains: bool = False  # makes runs, from a data set
+    needs_checkpoint: bool = False  # works on a trained run, or on one of its checkpoints
+    once_per_checkpoint: bool = False  # as a cell of a grid it is done until its run has a newer checkpoint
+
+
+TASKS = {
+    Task.pretrain: TaskFacts(trains=True),
+    Task.evaluate: TaskFacts(needs_checkpoint=True, once_per_checkpoint=True),
+    Task.generate: TaskFacts(needs_checkpoint=True, once_per_checkpoint=True),
+    Task.serve: TaskFacts(Ranks.one_replica, needs_checkpoint=True),
+    Task.plan: TaskFacts(Ranks.none),
+    Task.prepare: TaskFacts(Ranks.none),
+    Task.import_weights: TaskFacts(Ranks.none),
+    Task.export: TaskFacts(Ranks.one, needs_checkpoint=True),
+    Task.report: TaskFacts(Ranks.none),
+}
 
 
 class Recompute(Enum):
@@ -187,13 +228,15 @@ class Data:
 
 @dataclass
 class Optimizer:
-    """AdamW with decoupled weight decay (not on biases and LayerNorm) and a global-norm clip."""
+    """The optimizer. Biases and LayerNorm have no weight decay; gradients are clipped by their global norm."""
 
+    name: str = field(default="adamw", metadata={"since": 2, "default": "adamw"})  # a row of gpt.config.optimizers
     lr: float = MISSING
     betas: list[float] = MISSING
     eps: float = MISSING
     weight_decay: float = MISSING
     clip_norm: float = MISSING
+    momentum: float = field(default=0.9, metadata={"since": 2, "default": 0.9})  # of sgd
     offload: bool = False  # float32 weights and moments in host memory, updated there
 
 
@@ -262,7 +305,8 @@ class Config:
     notes: str = MISSING
     yes: bool = False  # what a terminal would be asked is granted
     dry_run: bool = False  # show what a cluster would be told
-    checkpoint: str | None = None  # a run, or one of its checkpoints; None: the run of this configuration
+    # A run, or one of its checkpoints; None: the run of this configuration.
+    checkpoint: str | None = field(default=None, metadata={"since": 2, "default": None})
     prompt: str = MISSING  # what ``generate.prompt`` is unless it is given itself
     model: Model = field(default_factory=Model)
     parallel: Parallel = field(default_factory=Parallel)
@@ -284,3 +328,7 @@ class Config:
     logger: Logger = field(default_factory=Logger)
     cluster: Cluster = field(default_factory=Cluster)
     device: DeviceSpec = field(default_factory=DeviceSpec)
+
+
+# A task's section has its name. None of it changes what is trained, and it is no config group.
+TASK_SECTIONS = [each.name for each in fields(Config) if each.name in Task.__members__]

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
+
+BYTE_ALPHABET = 256  # of a byte-level BPE; one more for end-of-text
+
+
+class Section:
+    """What the rules ask the section of a command's task."""
+
+    def problems(self) -> Iterator[str]:
+        """Yield violations of rules between its keys."""
+        yield from ()
+
+    def unattended_problems(self, place: str) -> Iterator[str]:
+        """Yield what needs a terminal or a client, which a job at ``place`` does not have."""
+        yield from ()
 
 
 class EvaluateKind(Enum):
@@ -25,7 +41,7 @@ class Detokenizer(Enum):
 
 
 @dataclass
-class Evaluate:
+class Evaluate(Section):
     """Of ``task=evaluate``."""
 
     kind: EvaluateKind = MISSING
@@ -36,6 +52,20 @@ class Evaluate:
     stride: int | None = None  # tokens that are new in each window; None: windows side by side
     batch_size: int = MISSING  # windows or passages of one forward pass
     max_samples: int | None = None  # windows (of each set) or passages; None: all
+
+    def problems(self) -> Iterator[str]:
+        """Yield what does not depend on the trained run; the rest is in ``gpt.runs.evaluation``."""
+        if self.kind is EvaluateKind.split and self.path is not None:
+            yield (
+                f"evaluate.path={self.path} goes with evaluate.kind=text or cloze; "
+                "the split of other token files: data=tokens data.path=..."
+            )
+        if self.kind is not EvaluateKind.split and not self.path:
+            yield f"evaluate.kind={self.kind.value} reads a file: name it with evaluate.path=..."
+        if self.kind is not EvaluateKind.text and self.detokenizer is not Detokenizer.none:
+            yield f"evaluate.detokenizer={self.detokenizer.value} goes with evaluate.kind=text, not {self.kind.value}"
+        if self.kind is EvaluateKind.cloze and self.stride is not None:
+            yield f"evaluate.stride={self.stride}: evaluate.kind=cloze has passages, not windows"
 
 
 # Schema of grids: many runs from one command, and the page about them.
@@ -171,7 +201,7 @@ class Sentences(Enum):
 
 
 @dataclass
-class Prepare:
+class Prepare(Section):
     """Of ``task=prepare``: raw text to token files."""
 
     input: Any = None  # a file, a folder, a glob, - for standard input, or a list of such
@@ -193,6 +223,30 @@ class Prepare:
     max_bad: float = MISSING  # share of records that may be unreadable
     workers: int | None = None  # None: one per core
 
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong whatever the files hold; the rest is in ``gpt.data.preprocess``."""
+        if not self.input:
+            yield "prepare.input has no value: give files, folders, globs, or - with prepare.input=..."
+        if not self.output:
+            yield "prepare.output has no value: give the prefix of the files to make with prepare.output=..."
+        if self.tokenizer is None and self.vocab <= BYTE_ALPHABET:
+            yield f"prepare.vocab={self.vocab}: a byte-level BPE needs at least {BYTE_ALPHABET + 1} tokens"
+        if self.tokenizer is None and self.input == "-":
+            yield (
+                "prepare.input=- needs prepare.tokenizer=...: training one reads the text before it is encoded, "
+                "and standard input comes only once"
+            )
+        for key in ("val_share", "max_bad"):
+            if not 0 <= getattr(self, key) < 1:
+                yield f"prepare.{key}={getattr(self, key)}: a share from 0 up to but not including 1"
+        if (self.document in (DocumentRule.literal, DocumentRule.regex)) != bool(self.separator):
+            yield f"prepare.document={self.document.value}: prepare.separator goes with literal and regex only"
+        elif self.document is DocumentRule.regex:
+            try:
+                re.compile(str(self.separator))
+            except re.error as error:
+                yield f"prepare.separator={self.separator}: not a regular expression ({error})"
+
 
 # The schema of what a trained model does: ``task=generate`` and ``serve``; see ``gpt.config.schema``.
 
@@ -206,7 +260,7 @@ class Split(Enum):
 
 
 @dataclass
-class Generate:
+class Generate(Section):
     """Of ``task=generate``, of requests to ``task=serve`` that say less, and of the sample that closes a run."""
 
     prompt: str = MISSING
@@ -226,9 +280,16 @@ class Generate:
     num_beams: int = MISSING  # more than 1: beam search, without sampling
     length_penalty: float = MISSING
 
+    def unattended_problems(self, place: str) -> Iterator[str]:
+        """Yield where prompts would be typed."""
+        if self.interactive:
+            yield f"generate.interactive=true does not go with {place}, which has no terminal: generate.prompts=FILE"
+        if self.prompts == "-":
+            yield f"generate.prompts=- does not go with {place}, which has no standard input: generate.prompts=FILE"
+
 
 @dataclass
-class Serve:
+class Serve(Section):
     """Of ``task=serve``."""
 
     host: str = MISSING
@@ -239,6 +300,20 @@ class Serve:
     max_body: int = MISSING  # bytes of a request
     max_texts: int = MISSING  # prompts x texts (or beams) of a request
     max_tokens: int | None = None  # new tokens of a text; null: as many as the model has positions
+
+    def problems(self) -> Iterator[str]:
+        """Yield numbers that no server can have."""
+        if self.port > 65535:
+            yield f"serve.port={self.port}: at most 65535"
+        if not 0 < self.queue_seconds < float("inf"):
+            yield f"serve.queue_seconds={self.queue_seconds}: must be more than 0"
+
+    def unattended_problems(self, place: str) -> Iterator[str]:
+        """Yield the reason why a server is started by hand."""
+        yield (
+            f"task=serve does not go with {place}: it has no end, and its clients must know its address; "
+            "start it without -m, on this machine or on a node that you hold (salloc)"
+        )
 
 
 # The schema's sections ``import_weights`` and ``export``; see ``gpt.config.schema``.
@@ -257,7 +332,6 @@ class Target(Enum):
 
     huggingface = "huggingface"  # a folder for transformers
     paddle = "paddle"  # a static model for Paddle Inference
-    int8 = "int8"  # the same with its matrices in eight bits
 
 
 @dataclass
@@ -271,8 +345,13 @@ class ImportWeights:
 
 
 @dataclass
-class Export:
+class Export(Section):
     """Of ``task=export``: a checkpoint to a folder that others read."""
 
     format: Target = MISSING
     output: str | None = None  # the folder that is made
+
+    def problems(self) -> Iterator[str]:
+        """Yield that there is no folder to make."""
+        if not self.output:
+            yield "export.output has no value: give the folder to make with export.output=..."

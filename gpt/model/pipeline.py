@@ -8,12 +8,11 @@ is tied to it; their gradients are added up by the schedule.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import paddle
 from paddle import Tensor, nn
-from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, SharedLayerDesc
 
 from gpt.config.derived import padded_vocab
@@ -81,9 +80,15 @@ def _head(word: Word, x_BTH: Tensor) -> Tensor:
 
 
 class Pipeline(PipelineLayer):  # type: ignore[misc]
-    """This rank's layers of the model."""
+    """This rank's layers of the model.
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    Args:
+        config: of the job.
+        topology: of this rank.
+        make_schedule: Fleet's or the semi-auto engine's over this layer.
+    """
+
+    def __init__(self, config: Config, topology: Topology, make_schedule: Callable[[Any], Any]) -> None:
         virtual = config.parallel.virtual_pp_degree
         super().__init__(
             layers=[
@@ -106,14 +111,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         self._step: tuple[Any, ...] = ()
         self._begun: Counter[int] = Counter()  # micro batches of the step, by virtual stage
         # In a list: it holds this layer, not the other way round.
-        self.schedule: list[Any] = [self._schedule()]
-
-    def _schedule(self) -> Any:
-        if not self.topology.placed:
-            return fleet.distributed_model(self)
-        from gpt.model.semi_auto_pipeline import SemiAutoSchedule
-
-        return SemiAutoSchedule(self)
+        self.schedule: list[Any] = [make_schedule(self)]
 
     def logical_parameters(self) -> dict[str, Tensor]:
         """Parameters of this rank by the names of the single model."""

@@ -17,19 +17,19 @@ from paddle.distributed.auto_parallel.pipelining.stage import PipelineStage
 
 from gpt.config.derived import accumulate_steps
 from gpt.config.parameters import WORD
-from gpt.parallel.semi_auto import to_local
+from gpt.parallel.semi_auto import MeshPlacement, to_local
 
 
 class SemiAutoSchedule:
     """Runs the micro batches of this rank's stage, under the two names that Fleet's schedule has for it.
 
     Args:
-        model: this stage, a ``gpt.model.pipeline.Pipeline`` whose parameters are placed.
+        model: this stage, a ``gpt.model.pipeline.Pipeline`` whose parameters are distributed tensors.
+        placement: of this rank.
     """
 
-    def __init__(self, model: Any) -> None:
-        assert model.topology.placed
-        self.model, self.places = model, model.topology.placed
+    def __init__(self, model: Any, placement: MeshPlacement) -> None:
+        self.model, self.placement = model, placement
         self.scaler: Any = None
         self.count = accumulate_steps(model.config)
         self._train = Schedule1F1B(self._stage(), self.count, self._scaled_loss)
@@ -56,7 +56,7 @@ class SemiAutoSchedule:
         self._train._stage.clear_runtime_states()
         for shared in self.model.shared_comm.values():  # the word table
             table = shared["layer"].weight
-            self.places.sum_gradients({WORD: table})
+            self.placement.sum_gradients({WORD: table})
             with paddle.no_grad():
                 dist.all_reduce(to_local(table.grad), group=shared["group"])
 
@@ -78,7 +78,7 @@ class SemiAutoSchedule:
         """Of each micro batch the arguments of this stage's layers, and what the loss wants."""
         inputs, wanted = [], []
         for tokens, (labels, weight) in micros:
-            tokens_BT, labels_BT, weight_BT = self.places.inputs((tokens, labels, weight))
+            tokens_BT, labels_BT, weight_BT = self.placement.shard_inputs((tokens, labels, weight))
             inputs.append((tokens_BT,) if self.model.topology.stage == 0 else ())
             wanted.append((labels_BT, weight_BT))
         return inputs, wanted

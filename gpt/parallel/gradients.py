@@ -1,4 +1,4 @@
-"""What ranks give one another around a step: gradients and updated parameters."""
+"""Gradient synchronisation and parameter broadcast around an optimizer step."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ import paddle
 import paddle.distributed as dist
 from paddle import Tensor
 
-from gpt.parallel.topology import Topology, split_axis
+from gpt.config.parameters import parameter
+from gpt.parallel.tensor_shards import tp_axis
+from gpt.parallel.topology import Topology
 
-BUCKET_ELEMENTS = 1 << 25  # that travel at once: 128 MiB in float32
+BUCKET_ELEMENTS = 1 << 25  # per collective: 128 MiB in float32
 
 
 def sum_gradients(topology: Topology, parameters: dict[str, Tensor]) -> None:
-    """Add up the gradients over the model replicas, in place, once per step.
+    """Sum the gradients over the model replicas, in place, once per step.
 
-    Sharding stages 2 and 3 have done so over the sharding group already. Under sequence parallel, what every mp rank
-    has of a block is added up over them too.
+    ZeRO-2 and ZeRO-3 have done so over the sharding group already. Under sequence parallel the gradients of replicated
+    parameters outside the embedding cover this rank's positions only and are summed over the tensor-parallel ranks too.
     """
-    if topology.placed:
-        topology.placed.sum_gradients(parameters)
-        return
-    groups = topology.gradient_groups
-    seen_in_part = [
-        p.grad for name, p in parameters.items() if p.grad is not None and topology.has_partial_gradient(name, p)
-    ]
-    if seen_in_part:
-        _sum([topology.mp_group], seen_in_part)
-    if groups:
-        _sum(groups, [p.grad for p in parameters.values() if p.grad is not None])
+    present = {name: p for name, p in parameters.items() if p.grad is not None}
+    if topology.parallel.sequence_parallel:
+        partial = [p.grad for name, p in present.items() if tp_axis(p) is None and parameter(name).part != "embedding"]
+        _sum([topology.mp_group], partial)
+    if topology.gradient_groups:
+        _sum(topology.gradient_groups, [p.grad for p in present.values()])
 
 
 def _sum(groups: list[Any], tensors: list[Tensor]) -> None:
@@ -43,15 +40,15 @@ def _sum(groups: list[Any], tensors: list[Tensor]) -> None:
 
 
 def is_unique_parameter(topology: Topology, name: str, p: Tensor) -> bool:
-    """Whether this rank answers for what it has of a parameter, among the ranks of its replica.
+    """Return whether sums and checkpoints take this rank's shard of a parameter, among the ranks of its replica.
 
-    What every mp rank has is the first one's; the word table that the last stage has for its head is the first stage's.
+    Of replicated parameters they take the first mp rank's, of the shared embedding the first stage's.
     """
-    return not topology.is_shared_embedding_copy(name) and (topology.mp_rank == 0 or split_axis(p) is not None)
+    return not topology.is_shared_embedding_copy(name) and (topology.mp_rank == 0 or tp_axis(p) is not None)
 
 
 def broadcast_updated_parameters(topology: Topology, parameters: dict[str, Tensor], owner: dict[str, int]) -> None:
-    """Give each parameter from the rank that has updated it to the others of the sharding group."""
+    """Broadcast each parameter from its owner, which has updated it, over the sharding group."""
     group = topology.sharding_group
     with paddle.no_grad():
         for rank, source in enumerate(group.ranks):
@@ -63,7 +60,7 @@ def broadcast_updated_parameters(topology: Topology, parameters: dict[str, Tenso
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one type, each run of at most ``BUCKET_ELEMENTS`` or a single tensor."""
+    """Yield runs of tensors of one type, each of at most ``BUCKET_ELEMENTS`` or a single tensor."""
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
@@ -81,6 +78,6 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def _unflat(flat: Tensor, tensors: list[Tensor]) -> None:
-    """Copy the pieces of ``flat`` back into the tensors it was made of."""
+    """Copy the pieces of ``flat`` back into the tensors that it was made of."""
     for tensor, piece in zip(tensors, paddle.split(flat, [int(t.size) for t in tensors]), strict=True):
         tensor.copy_(piece.reshape(tensor.shape), False)

@@ -1,4 +1,4 @@
-"""Decoding over several ranks: hidden states go from stage to stage, logits come back to all. No gradients.
+"""Pipeline communication of decoding, without gradients: stages forward hidden states, the last broadcasts logits.
 
 B batch, H hidden, V vocabulary.
 """
@@ -16,43 +16,40 @@ from gpt.parallel.topology import Topology
 
 
 def pipeline_forward(topology: Topology, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the last stage makes of ``x``, each stage doing its ``run`` on what the one before it made.
+    """Pass ``x`` through ``run`` of every stage; return the result on the last stage, elsewhere an undefined tensor.
 
     Args:
         topology: of this rank.
-        x: on the first stage; elsewhere room of that shape and element type.
+        x: on the first stage; elsewhere a buffer of that shape and element type.
         run: of this stage.
-
-    Returns:
-        On the last stage the result, elsewhere of no meaning.
     """
     last = topology.parallel.pp_degree - 1
     for stage in range(topology.parallel.pp_degree):
         if stage == topology.stage:
             x = run(x)
         if stage < last:
-            _from_stage(topology, x, stage)
+            _broadcast_from_stage(topology, x, stage)
     return x
 
 
 def broadcast_from_last_stage(topology: Topology, shape: list[int], dtype: str, make: Callable[[], Tensor]) -> Tensor:
-    """What the last stage makes, on all stages."""
+    """Return on all stages what ``make`` returns on the last one."""
     last = topology.parallel.pp_degree - 1
-    made = make() if topology.stage == last else paddle.empty(shape, dtype)
+    tensor = make() if topology.stage == last else paddle.empty(shape, dtype)
     if last:
-        _from_stage(topology, made, last)
-    return made
+        _broadcast_from_stage(topology, tensor, last)
+    return tensor
 
 
-def broadcast_object(topology: Topology, thing: Any) -> Any:
-    """What the first rank says, on all ranks; other ranks' ``thing`` is not looked at."""
+def broadcast_object(topology: Topology, value: Any) -> Any:
+    """Return rank 0's ``value`` on all ranks."""
     if topology.hcg is None:
-        return thing
-    said = [thing]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+        return value
+    objects = [value]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
-def _from_stage(topology: Topology, x: Tensor, stage: int) -> None:
+def _broadcast_from_stage(topology: Topology, x: Tensor, stage: int) -> None:
     group = topology.hcg.get_pipe_parallel_group()
     dist.broadcast(x, group.ranks[stage], group)

@@ -1,7 +1,7 @@
-"""Paddle's semi-auto engine under the topology: tensors that know where their parts are.
+"""Paddle's semi-auto engine: distributed tensors on a mesh.
 
-A parameter becomes a tensor of the global shape of which this rank holds a shard (``gpt.config.parameters``), and so
-do the inputs. Paddle then finds out, operation by operation, what every rank computes and what ranks must exchange.
+Parameters (by the table in ``gpt.config.parameters``) and inputs become tensors of the global shape of which this rank
+holds a shard. Paddle then derives, operation by operation, what every rank computes and communicates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import paddle
 import paddle.distributed as dist
 from paddle.distributed.auto_parallel import api
 
-from gpt.config import parameters as parameter_table
-from gpt.config.parameters import MP, REPLICAS
+from gpt.config.parameters import MP, REPLICAS, parameter
 from gpt.config.schema import Parallel
 
 if TYPE_CHECKING:
@@ -23,25 +22,18 @@ if TYPE_CHECKING:
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: the same memory."""
+    """Return the shard that this rank holds of a tensor: the same memory."""
     return tensor._local_value() if tensor.is_dist() else tensor
-
-
-def split_axis(p: Tensor) -> int | None:
-    """The axis along which the mp ranks share a placed parameter out; None if each has all of it."""
-    names = p.process_mesh.dim_names
-    placement = p.placements[names.index(MP)] if MP in names else None
-    return int(placement.get_dim()) if placement is not None and placement.is_shard() else None
 
 
 @dataclass(frozen=True)
 class MeshPlacement:
-    """A rank's tensors on the mesh of its replicas and mp ranks; of a pipeline, those of its stage.
+    """Placements of a rank's tensors on the mesh of replicas and mp ranks; of a pipeline, on that of its stage.
 
     Args:
         mesh: axes ``REPLICAS`` and ``MP``, each only if it has more than one rank; on one rank ``REPLICAS``.
-        place_of: this rank's place along each axis.
-        sharding_stage: what the replicas share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters.
+        place_of: this rank's index along each axis.
+        sharding_stage: ZeRO stage over the replicas: 1 optimizer state, 2 and gradients, 3 and parameters; 0 none.
     """
 
     mesh: Any
@@ -50,7 +42,7 @@ class MeshPlacement:
 
     @classmethod
     def of(cls, parallel: Parallel, rank: int) -> MeshPlacement:
-        """The mesh of a rank; Fleet numbers ranks by dp, then pp, sharding and mp."""
+        """Make the mesh of a rank; Fleet numbers ranks by dp, then pp, sharding and mp."""
         dp, sharding, mp, pp = (getattr(parallel, f"{name}_degree") for name in ("dp", "sharding", "mp", "pp"))
         ranks = np.arange(dp * pp * sharding * mp).reshape(dp, pp, sharding, mp).swapaxes(0, 1)
         ranks = ranks.reshape(pp, dp * sharding, mp)
@@ -65,58 +57,63 @@ class MeshPlacement:
         return cls(mesh, {name: place[name] for name in axes}, sharded)
 
     def _along(self, **wanted: int | None) -> list[Any]:
-        """Placements along the axes of the mesh: the tensor axis that is shared out, or None."""
+        """Return placements along the axes of the mesh, given the tensor axis that each splits, or None."""
         axes = [wanted.get(name) for name in self.mesh.dim_names]
         return [dist.Replicate() if axis is None else dist.Shard(axis) for axis in axes]
 
-    def settle(self, prefix: str, part: nn.Layer) -> None:
-        """Put the parameters of a part of the model in their places; until now each rank has all of them."""
-        for path, layer in part.named_sublayers(include_self=True):
+    def shard_parameters(self, parameters: dict[str, Tensor], part: nn.Layer) -> None:
+        """Make distributed tensors of a part's parameters, given by logical name; until now each rank has all."""
+        axes = {id(p): parameter(name).tp_axis for name, p in parameters.items()}
+        for layer in part.sublayers(include_self=True):
             for name, p in list(layer._parameters.items()):
-                full = ".".join(word for word in (prefix, path, name) if word)
-                layer._parameters[name] = dist.shard_tensor(p, self.mesh, self._along(mp=parameter_table.tp_axis(full)))
+                layer._parameters[name] = dist.shard_tensor(p, self.mesh, self._along(mp=axes[id(p)]))
 
-    def inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The replicas' rows side by side: tensors of the whole micro batch of all replicas."""
+    def shard_inputs(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return tensors of the micro batch of all replicas, of which this replica holds its rows."""
         return tuple(api.dtensor_from_local(tensor, self.mesh, self._along(replicas=0)) for tensor in tensors)
 
-    def optimizer(self, inner: Any) -> Any:
-        """An optimizer that shares its state out as the sharding stage says."""
+    def shard_optimizer(self, inner: Any) -> Any:
+        """Wrap an optimizer so that its state is split as the sharding stage says."""
         stages = {0: None, 1: dist.ShardingStage1, 2: dist.ShardingStage2, 3: dist.ShardingStage3}
         stage = stages[self.sharding_stage]
         return dist.shard_optimizer(inner, stage(REPLICAS, self.mesh) if stage else None)
 
     def sum_gradients(self, parameters: dict[str, Tensor]) -> None:
-        """What each replica has found of a gradient is added up."""
+        """Sum the partial gradients over the replicas, in place."""
         with paddle.no_grad():
             for p in parameters.values():
                 if p.grad is not None and any(placement.is_partial() for placement in p.grad.placements):
                     whole = dist.reshard(p.grad, self.mesh, p.placements)
                     p.grad.get_tensor()._share_data_with(whole.get_tensor())
 
-    def answers_for(self, tensor: Tensor) -> bool:
-        """Whether this rank gives its part to a sum over all ranks: what several hold alike is the first one's."""
+    def _without_replicas(self, tensor: Tensor) -> list[Any]:
+        """Return the placements of a tensor that the replicas may split, but each of them with its whole mp shard."""
+        axes = zip(self.mesh.dim_names, tensor.placements, strict=True)
+        return [placement if axis == MP else dist.Replicate() for axis, placement in axes]
+
+    def is_unique_shard(self, tensor: Tensor) -> bool:
+        """Return whether a sum over all ranks counts this rank's shard: of replicated shards the first rank's."""
         places = zip(tensor.placements, tensor.process_mesh.dim_names, strict=True)
         return all(placement.is_shard() or self.place_of[axis] == 0 for placement, axis in places)
 
-    def together(self, tensor: Tensor) -> Tensor:
-        """This rank's mp part of a parameter or slot, which the replicas may share out: all ask for it together."""
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return this rank's tensor-parallel shard of a parameter or slot that the replicas may split; collective."""
         if not tensor.is_dist():
             return tensor
-        return to_local(dist.reshard(tensor, self.mesh, self._along(mp=split_axis(tensor))))
+        return to_local(dist.reshard(tensor, self.mesh, self._without_replicas(tensor)))
 
-    def put(self, tensor: Tensor, part: Tensor) -> None:
-        """The inverse of ``together``: give ``tensor`` the values of this rank's mp part."""
+    def load_local(self, tensor: Tensor, part: Tensor) -> None:
+        """Set ``tensor`` to the values of this rank's tensor-parallel shard: the inverse of ``gather``."""
         if not tensor.is_dist():
             tensor.set_value(part)
             return
-        whole = api.dtensor_from_local(part, self.mesh, self._along(mp=split_axis(tensor)))
+        whole = api.dtensor_from_local(part, self.mesh, self._without_replicas(tensor))
         to_local(tensor).copy_(to_local(dist.reshard(whole, self.mesh, tensor.placements)), False)
 
-    def of_part(self, part: Tensor, where: list[Any]) -> Tensor:
-        """A tensor of which this rank has this part."""
-        return api.dtensor_from_local(part, self.mesh, where)
+    def from_local(self, part: Tensor, placements: list[Any]) -> Tensor:
+        """Return the distributed tensor of which ``part`` is this rank's shard."""
+        return api.dtensor_from_local(part, self.mesh, placements)
 
-    def make_slots(self, optimizer: Any, parameters: list[Tensor]) -> None:
-        """Let a new optimizer have its slots, in their places, before the first update."""
+    def init_optimizer_state(self, optimizer: Any, parameters: list[Tensor]) -> None:
+        """Create a new optimizer's slots as distributed tensors, before the first update."""
         optimizer._create_accumulators(paddle.static.default_main_program().global_block(), parameters)

@@ -1,8 +1,8 @@
-"""The training step as a static program: what ``parallel.static=true`` makes of a placed model.
+"""The training step as a static program: ``parallel.static=true``.
 
 Paddle's ``to_static`` traces the loss once, adds backward pass, clip and update, cuts the program for this rank and
-puts in what ranks exchange. From then on parameters and slots live in the program; the model gets a copy of them when
-it is asked for something else (``show``).
+inserts the communication. From then on parameters and optimizer state live in the program; ``sync_to_model`` copies
+the parameters back for evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Tensors = dict[str, Tensor]
 
 
 class _Loss(nn.Layer):  # type: ignore[misc]
-    """What is lowered."""
+    """The layer that is lowered."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class _Loss(nn.Layer):  # type: ignore[misc]
 
 
 class _Clip(nn.ClipGradByGlobalNorm):  # type: ignore[misc]
-    """Clip as ``gpt.train.grad_norm.clip`` does; keep the norm, and skip the update where it is not finite."""
+    """Clips as ``gpt.train.grad_norm.clip`` does, keeps the norm, and skips the update if it is not finite."""
 
     def __init__(self, limit: float, optimizer: Any) -> None:
         super().__init__(limit or 1.0)
@@ -66,38 +66,38 @@ class _Clip(nn.ClipGradByGlobalNorm):  # type: ignore[misc]
 
 
 class StaticStep:
-    """The step of a model.
+    """The training step of a model as a program.
 
     Args:
-        model: with its parameters placed.
-        placed: where.
-        optimizer: of ``Placed.optimizer``.
+        model: whose parameters are distributed tensors.
+        placement: of this rank.
+        optimizer: of ``MeshPlacement.shard_optimizer``.
         clip_norm: 0: no clip.
-        micros: micro batches of a step.
+        micros: micro batches per step.
     """
 
-    def __init__(self, model: Any, placed: MeshPlacement, optimizer: Any, clip_norm: float, micros: int) -> None:
-        self.placed, self.micros = placed, micros
+    def __init__(self, model: Any, placement: MeshPlacement, optimizer: Any, clip_norm: float, micros: int) -> None:
+        self.placement, self.micros = placement, micros
         self._loss, self._optimizer, self._clip_norm = _Loss(model), optimizer, clip_norm
         self._slots: Tensors = {}
         self._places: dict[str, list[Any]] = {}
         self._program: Any = None
 
     def step(self, arrays: tuple[Tensor, ...], lr: float) -> tuple[float, float]:
-        """Forward, backward and update over this replica's rows of the batch: its loss and the norm of all gradients.
+        """Run forward and backward passes and update; return this replica's loss and the global gradient norm.
 
         Args:
-            arrays: tokens, labels, and the weight of every token's loss.
+            arrays: tokens, labels, and the weight of every token's loss, of this replica's rows.
             lr: learning rate.
         """
         if self._program is None:
-            self._lower(self.placed.inputs(tuple(array[: array.shape[0] // self.micros] for array in arrays)))
+            self._lower(self.placement.shard_inputs(tuple(array[: array.shape[0] // self.micros] for array in arrays)))
         _variable(RATE).set(np.float32(lr), paddle.framework._current_expected_place())
-        loss = self._program(*self.placed.inputs(arrays))
+        loss = self._program(*self.placement.shard_inputs(arrays))
         return float(np.sum(loss)), float(np.array(_variable(NORM))[0])
 
     def _lower(self, micro: tuple[Tensor, ...]) -> None:
-        """Make the program for micro batches like this one."""
+        """Make the program for micro batches of this shape."""
         inner = self._optimizer._inner_opt
         inner._grad_clip = _Clip(self._clip_norm, inner)
         strategy = dist.Strategy()
@@ -113,39 +113,39 @@ class StaticStep:
             )
             program.train()
         self._program = program
-        there = self.slots()
-        for key, part in self._slots.items():
-            self.placed.put(there[key], part)
-            _variable(key).set(to_local(there[key]).numpy(), paddle.framework._current_expected_place())
+        state = self.optimizer_state()
+        for key, shard in self._slots.items():
+            self.placement.load_local(state[key], shard)
+            _variable(key).set(to_local(state[key]).numpy(), paddle.framework._current_expected_place())
         self._slots = {}
 
-    def show(self) -> None:
-        """Let the model have the parameters of the program."""
+    def sync_to_model(self) -> None:
+        """Set the model's parameters to those of the program."""
         if self._program is None:
             return
         for p, value in zip(*self._program._engine.concrete_program.parameters[:2], strict=True):
             part = paddle.to_tensor(np.array(_variable(value.name)))
-            whole = self.placed.of_part(part, self._places[p.name])
+            whole = self.placement.from_local(part, self._places[p.name])
             p.get_tensor()._share_data_with(whole.get_tensor())
 
-    def slots(self) -> Tensors:
-        """Of the optimizer, by Paddle's names; there are some after the first step."""
+    def optimizer_state(self) -> Tensors:
+        """Return the optimizer state by Paddle's names; only after the first step."""
         return {k: v for k, v in self._program.state_dict("opt").items() if k not in (NORM, RATE)}
 
     def restore(self, slots: Tensors) -> None:
-        """Start with these mp parts of slots, by Paddle's names."""
+        """Set the optimizer state, by Paddle's names, of this rank's tensor-parallel shards; before the first step."""
         assert self._program is None
         self._slots = slots
 
 
 def _variable(name: str) -> Any:
-    """Of the program."""
+    """Return a variable of the program."""
     return paddle.static.global_scope().find_var(name).get_tensor()
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Paddle's progress of lowering."""
+    """Hide the progress lines of lowering."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

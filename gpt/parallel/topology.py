@@ -11,50 +11,47 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gpt.config.cluster import Device
 from gpt.config.derived import accumulate_steps, micro_batch_size, world_size
-from gpt.config.parameters import WORD
+from gpt.config.parameters import parameter
 from gpt.config.schema import Config, EngineKind, Parallel
-from gpt.utils.arrays import Array
 from gpt.utils.rng import derive_seed
 
 if TYPE_CHECKING:
     import paddle
 
-    from gpt.parallel.semi_auto import MeshPlacement
-
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. One rank is all degrees 1 and no groups.
+    """This rank's coordinates and groups. One rank is all degrees 1 and no groups.
 
     Attributes:
         parallel: the degrees.
         device: resolved: cpu or gpu.
         rank: among all.
-        hcg: Fleet's HybridCommunicateGroup, which knows the groups; None on one rank.
-        placed: where the semi-auto engine has this rank's tensors; None if Fleet's layers share the model out.
+        hcg: Fleet's HybridCommunicateGroup, which has the groups; None on one rank.
     """
 
     parallel: Parallel
     device: Device
     rank: int = 0
     hcg: Any = None
-    placed: MeshPlacement | None = None
 
     @classmethod
     def initialize(cls, config: Config) -> Topology:
-        """Choose the device and join the other ranks, whose places are in the environment."""
+        """Choose the device and start Fleet, which finds the other ranks by environment variables."""
         import paddle
 
         paddle.set_device(config.cluster.device.value)
         if world_size(config) == 1:
             return cls(config.parallel, config.cluster.device)
         hcg = _join(config)
-        placed = _place(config, hcg) if config.parallel.engine is EngineKind.auto else None
-        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg, placed)
+        return cls(config.parallel, config.cluster.device, hcg.get_global_rank(), hcg)
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.replicas * self.parallel.mp_degree * self.parallel.pp_degree
 
     @property
     def replicas(self) -> int:
@@ -63,7 +60,7 @@ class Topology:
 
     @property
     def replica(self) -> int:
-        """The model replica that this rank is of."""
+        """Index of this rank's model replica."""
         if self.hcg is None:
             return 0
         degree = self.parallel.sharding_degree
@@ -71,53 +68,57 @@ class Topology:
 
     @property
     def mp_rank(self) -> int:
-        """Which slice of split weights this rank has."""
+        """Index of this rank's shard of split weights."""
         return int(self.hcg.get_model_parallel_rank()) if self.hcg else 0
 
     @property
     def stage(self) -> int:
-        """Place in the pipeline."""
+        """Pipeline stage."""
         return int(self.hcg.get_stage_id()) if self.hcg else 0
 
     @property
     def zero_degree(self) -> int:
-        """Among how many ranks parameters are shared out whole: the semi-auto engine cuts each of them instead."""
-        return 1 if self.placed else self.parallel.sharding_degree
+        """Ranks that own whole parameters of a replica's; the semi-auto engine splits each parameter instead."""
+        return self.parallel.sharding_degree if self.parallel.engine is EngineKind.fleet else 1
 
     @property
     def sharding_rank(self) -> int:
-        """Place among the ranks that share out the optimizer's state, parameter by parameter."""
+        """Rank in the group over which optimizer state is sharded, parameter by parameter."""
         return int(self.hcg.get_sharding_parallel_rank()) if self.zero_degree > 1 else 0
 
     @property
     def writes_checkpoint(self) -> bool:
-        """Whether this rank gives its arrays to a checkpoint: data parallel ranks have the same ones."""
-        if self.placed:
+        """Whether this rank's shards go into checkpoints: data-parallel ranks have equal ones."""
+        if self.parallel.engine is EngineKind.auto:
             return self.replica == 0
         return self.hcg is None or self.hcg.get_data_parallel_rank() == 0
 
     def is_shared_embedding_copy(self, name: str) -> bool:
-        """Whether this rank has the word table only for the head, on the last stage; it is the first stage's."""
-        return name == WORD and self.stage > 0
+        """Return whether this is the last stage's copy of the word table, which belongs to the first stage."""
+        return self.stage > 0 and parameter(name).shared
 
     @property
     def reports_loss(self) -> bool:
-        """Whether this rank gives its replica's loss and count: the ranks of one replica know the same or nothing."""
+        """True on the rank that contributes its replica's loss and count to global sums."""
         return self.mp_rank == 0 and self.stage == self.parallel.pp_degree - 1
+
+    def mask_to_loss_rank(self, value: float) -> float:
+        """Return ``value`` on the rank that reports its replica's loss, else 0: a term of a sum over replicas."""
+        return value if self.reports_loss else 0.0
 
     @property
     def mp_group(self) -> Any:
-        """Ranks that share out split weights."""
+        """Tensor-parallel group."""
         return self.hcg.get_model_parallel_group()
 
     @property
     def sharding_group(self) -> Any:
-        """Replicas that share out the optimizer's state; None on one rank."""
+        """Replicas over which optimizer state is sharded; None on one rank."""
         return self.hcg.get_sharding_parallel_group() if self.hcg else None
 
     @property
     def gradient_groups(self) -> list[Any]:
-        """Groups over which, one after the other, gradients are added up at the end of a step."""
+        """Groups over which gradients are summed at the end of a step, one after the other."""
         if self.hcg is None:
             return []
         groups = [self.hcg.get_data_parallel_group()]
@@ -126,7 +127,7 @@ class Topology:
         return [group for group in groups if group.nranks > 1]
 
     def all_reduce_sum(self, *values: float) -> list[float]:
-        """Each value added up over all ranks."""
+        """Return the sum of each value over all ranks."""
         if self.hcg is None:
             return list(values)
         import paddle
@@ -136,34 +137,19 @@ class Topology:
         return [float(value) for value in sums.numpy()]
 
     def all_reduce_max(self, value: float) -> float:
-        """The largest of all ranks' values."""
+        """Return the largest value of all ranks."""
         if self.hcg is None:
             return value
         import paddle
 
-        found = paddle.to_tensor([value], dtype="float64")
-        paddle.distributed.all_reduce(found, paddle.distributed.ReduceOp.MAX)
-        return float(found.item())
-
-    def local_shard(self, whole: Array, p: paddle.Tensor) -> Array:
-        """This rank's slice of a parameter's whole value."""
-        axis = split_axis(p)
-        return whole if axis is None else np.split(whole, self.parallel.mp_degree, axis)[self.mp_rank]
-
-    def local_shape(self, p: paddle.Tensor) -> list[int]:
-        """Shape of this rank's slice of a parameter, whatever sharding leaves of it."""
-        axis = split_axis(p) if p.is_dist() else None
-        return [size // (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
-
-    def global_shape(self, p: paddle.Tensor) -> list[int]:
-        """Shape of the parameter that ``p`` is a slice of; of a placed one it is its own."""
-        axis = None if p.is_dist() else split_axis(p)
-        return [size * (self.parallel.mp_degree if i == axis else 1) for i, size in enumerate(p.shape)]
+        largest = paddle.to_tensor([value], dtype="float64")
+        paddle.distributed.all_reduce(largest, paddle.distributed.ReduceOp.MAX)
+        return float(largest.item())
 
     def seed(self, *parts: Any) -> None:
-        """Make what is random from here on a function of ``parts`` and of the place of this rank in its replica.
+        """Seed the random generators with ``parts`` and this rank's coordinates in its replica.
 
-        The ranks of an mp group draw the same, except under ``model_parallel_rng``.
+        The ranks of a tensor-parallel group draw the same, except under ``model_parallel_rng``.
         """
         import paddle
 
@@ -175,7 +161,7 @@ class Topology:
                 paddle.seed(derive_seed(*parts, "mp", self.mp_rank))
 
     def model_parallel_rng(self) -> contextlib.AbstractContextManager[Any]:
-        """Where activations are shared out among the mp ranks (attention heads), their dropout masks differ."""
+        """Draw different dropout masks on each mp rank, for activations that are split over them (attention heads)."""
         if self.parallel.mp_degree == 1:
             return contextlib.nullcontext()
         from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
@@ -183,15 +169,15 @@ class Topology:
         return get_rng_state_tracker().rng_state()  # type: ignore[no-any-return]
 
     def dropout_rng(self) -> contextlib.AbstractContextManager[Any]:
-        """For dropout between the split linears: under sequence parallel every mp rank has other positions there."""
+        """Draw the masks between the split linears: under sequence parallel every mp rank has other positions there."""
         return self.model_parallel_rng() if self.parallel.sequence_parallel else contextlib.nullcontext()
 
     def transpose_sequence_first(self, x: paddle.Tensor) -> paddle.Tensor:
-        """B T ... to T B ... or back under sequence parallel, whose layers share out the first axis; else as it is."""
+        """Swap the first two axes under sequence parallel, whose layers split the first one; else return ``x``."""
         return x.transpose([1, 0, *range(2, x.ndim)]) if self.parallel.sequence_parallel else x
 
     def scatter_to_sequence_parallel_region(self, x_BTH: paddle.Tensor) -> paddle.Tensor:
-        """BTH as the blocks want it: under sequence parallel this mp rank's positions, TBH."""
+        """Return the input of the blocks: under sequence parallel this mp rank's positions, TBH; else BTH."""
         if not self.parallel.sequence_parallel:
             return x_BTH
         from gpt.parallel import tensor_parallel
@@ -199,40 +185,26 @@ class Topology:
         return tensor_parallel.own_positions(self.transpose_sequence_first(x_BTH))
 
     def gather_from_sequence_parallel_region(self, x: paddle.Tensor) -> paddle.Tensor:
-        """The inverse of ``scatter_to_sequence_parallel_region``."""
+        """Return BTH of the blocks' output: the inverse of ``scatter_to_sequence_parallel_region``."""
         if not self.parallel.sequence_parallel:
             return x
         from gpt.parallel import tensor_parallel
 
         return self.transpose_sequence_first(tensor_parallel.all_positions(x))
 
-    def has_partial_gradient(self, name: str, p: paddle.Tensor) -> bool:
-        """Whether this mp rank's gradient of a parameter that all mp ranks have is of its own positions only."""
-        in_blocks = name.startswith(("layers.", "norm."))
-        return self.parallel.sequence_parallel and in_blocks and split_axis(p) is None
-
     @property
     def tp_degree(self) -> int:
-        """Among how many ranks the layers of the model share out their weights and heads themselves."""
-        return 1 if self.placed else self.parallel.mp_degree
+        """Ranks over which the layers split weights and heads; under the semi-auto engine tensors are split instead."""
+        return self.parallel.mp_degree if self.parallel.engine is EngineKind.fleet else 1
 
     def stage_layers(self, layers: int) -> range:
-        """Numbers of the blocks that this stage has, of ``layers`` in all, without virtual stages."""
+        """Return the numbers of this stage's blocks, of ``layers`` in all, without virtual stages."""
         each = layers // self.parallel.pp_degree
         return range(self.stage * each, (self.stage + 1) * each)
 
 
-def split_axis(p: paddle.Tensor) -> int | None:
-    """The axis along which the mp ranks share out a parameter; None if each has all of it."""
-    if p.is_dist():
-        from gpt.parallel import semi_auto
-
-        return semi_auto.split_axis(p)
-    return int(p.split_axis) if getattr(p, "is_distributed", False) else None
-
-
 def _join(config: Config) -> Any:
-    """Start fleet; returns its HybridCommunicateGroup."""
+    """Start Fleet; return its HybridCommunicateGroup."""
     from paddle.distributed import fleet
 
     parallel, on_cpu = config.parallel, config.cluster.device is Device.cpu
@@ -248,7 +220,7 @@ def _join(config: Config) -> Any:
     strategy.pipeline_configs = {
         "accumulate_steps": accumulate_steps(config),
         "micro_batch_size": micro_batch_size(config),
-        # Each mp rank sends its part of what all have; under sequence parallel they have different things.
+        # Each mp rank sends its part of a replicated tensor; under sequence parallel tensors differ.
         "enable_partial_send_recv": not on_cpu and not parallel.sequence_parallel,
     }
     if on_cpu:
@@ -264,16 +236,3 @@ def _join(config: Config) -> Any:
     if parallel.mp_degree > 1:
         fleet.meta_parallel.model_parallel_random_seed(config.seed + 1)
     return hcg
-
-
-def _place(config: Config, hcg: Any) -> MeshPlacement:
-    """Where the semi-auto engine has this rank's tensors."""
-    from gpt.parallel.semi_auto import MeshPlacement
-
-    placed = MeshPlacement.of(config.parallel, hcg.get_global_rank())
-    on_cpu = config.cluster.device is Device.cpu
-    if on_cpu:
-        from gpt.parallel.cpu import semi_auto_gloo
-
-        semi_auto_gloo.prepare(placed.mesh, hcg.get_global_rank())
-    return placed

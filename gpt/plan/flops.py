@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from gpt.config.derived import padded_vocab
-from gpt.config.parameters import WORD, block_shapes, is_tensor_parallel, owners, shapes_of
+from gpt.config.parameters import BLOCK, TABLE, WORD, Dimensions, Parameter, global_shape, model_parameters, owners
 from gpt.config.schema import Config, Recompute
 
 
@@ -49,14 +49,13 @@ class Stage:
 
 def block_elements(config: Config) -> int:
     """Parameters of one block on one mp rank."""
-    return sum(_block(config.model.hidden, config.model.ffn, config.parallel.mp_degree).values())
+    return sum(_block(Dimensions.of(config.model), config.parallel.mp_degree).values())
 
 
 def stage_parameters(config: Config) -> tuple[Stage, ...]:
     """For every pipeline stage, the first first. Searches ask for the same ones again and again: they are kept."""
-    m, p = config.model, config.parallel
-    shape = (m.vocab, m.hidden, m.layers, m.ffn, m.positions)
-    return _stages(shape, padded_vocab(config), p.mp_degree, p.pp_degree, p.virtual_pp_degree, p.sharding_degree)
+    p = config.parallel
+    return _stages(Dimensions.of(config.model), p.mp_degree, p.pp_degree, p.virtual_pp_degree, p.sharding_degree)
 
 
 def layers_of_stage(layers: int, pp: int, virtual: int, stage: int) -> list[int]:
@@ -70,29 +69,33 @@ def layers_of_stage(layers: int, pp: int, virtual: int, stage: int) -> list[int]
     return [i for c in range(virtual) for i in range((c * pp + stage) * size, (c * pp + stage + 1) * size)]
 
 
-def _block(hidden: int, ffn: int, mp: int) -> dict[str, int]:
-    """Elements of one block's parameters on one mp rank."""
-    shapes = block_shapes(hidden, ffn)
-    return {name: math.prod(shape) // (mp if is_tensor_parallel(name) else 1) for name, shape in shapes.items()}
+def _local_elements(row: Parameter, model: Dimensions, mp: int) -> int:
+    return math.prod(global_shape(row, model, mp)) // (1 if row.tp_axis is None else mp)
+
+
+def _block(model: Dimensions, mp: int) -> dict[str, int]:
+    """Return the elements of one block's parameters on one mp rank, by the end of their names."""
+    rows = [row for row in TABLE if row.part == "block"]
+    return {row.name.removeprefix(BLOCK): _local_elements(row, model, mp) for row in rows}
 
 
 @functools.lru_cache(maxsize=4096)
-def _stages(shape: tuple[int, ...], rows: int, mp: int, pp: int, virtual: int, degree: int) -> tuple[Stage, ...]:
-    _, hidden, layers, ffn, positions = shape
-    block = _block(hidden, ffn, mp)
-    first = {WORD: rows // mp * hidden, "position.weight": positions * hidden}
-    last = {WORD: rows // mp * hidden, "norm.weight": hidden, "norm.bias": hidden}
+def _stages(model: Dimensions, mp: int, pp: int, virtual: int, degree: int) -> tuple[Stage, ...]:
+    block = _block(model, mp)
+    rows = [(row, _local_elements(row, model, mp)) for row in TABLE if row.part != "block"]
+    first = {row.name: elements for row, elements in rows if row.part == "embedding"}
+    last = {row.name: elements for row, elements in rows if row.part == "head" or row.shared}
     found = []
     for stage in range(pp):
         outside = {**(first if stage == 0 else {}), **(last if stage == pp - 1 else {})}
-        elements = sum(outside.values()) + layers // pp * sum(block.values())
+        elements = sum(outside.values()) + model.layers // pp * sum(block.values())
         owned, fetched = elements, 0
         if degree > 1:
-            owner, load = _owner(shape, degree), [0] * degree
+            owner, load = _owner(model, degree), [0] * degree
             for name, count in outside.items():
                 load[owner[name]] += count
             away = [sum(outside.values()) - own for own in load]
-            for layer in layers_of_stage(layers, pp, virtual, stage):
+            for layer in layers_of_stage(model.layers, pp, virtual, stage):
                 for name, count in block.items():
                     load[owner[f"layers.{layer}.{name}"]] += count
             owned = max(load)
@@ -105,9 +108,8 @@ def _stages(shape: tuple[int, ...], rows: int, mp: int, pp: int, virtual: int, d
 
 
 @functools.lru_cache(maxsize=64)
-def _owner(shape: tuple[int, ...], degree: int) -> dict[str, int]:
-    vocab, hidden, layers, ffn, positions = shape
-    shapes = shapes_of(vocab, hidden, layers, ffn, positions)
+def _owner(model: Dimensions, degree: int) -> dict[str, int]:
+    shapes = {name: global_shape(row, model) for name, row in model_parameters(model).items()}
     return owners({name: math.prod(shape) for name, shape in shapes.items()}, degree)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from gpt.config.cluster import Device
 from gpt.config.derived import accumulate_steps, micro_batch_size, padded_vocab
+from gpt.config.optimizers import OPTIMIZERS
 from gpt.config.schema import Config, DType, Recompute
 from gpt.config.task_schemas import Attention
 from gpt.plan import flops, pipeline_schedule
@@ -102,7 +103,8 @@ def _order(config: Config) -> pipeline_schedule.PipelineSchedule:
 def _stage(config: Config, number: int, part: flops.Stage) -> Memory:
     p, size = config.parallel, element_size(config)
     split = p.sharding_stage if p.sharding_degree > 1 else 1
-    slots = (8 if size == FP32 else 12) * part.owned
+    moments = OPTIMIZERS[config.optimizer.name].moments
+    slots = FP32 * (moments if size == FP32 else moments + 1) * part.owned
     away = config.optimizer.offload
     tokens = config.data.seq_len * micro_batch_size(config)
     held = in_flight(config, number)

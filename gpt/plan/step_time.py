@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gpt.config.derived import accumulate_steps, global_batch_size, micro_batch_size, peak, world_size
+from gpt.config.optimizers import OPTIMIZERS
 from gpt.config.rules import missing_device_keys
 from gpt.config.schema import Config, Recompute
 from gpt.config.task_schemas import DeviceSpec
@@ -202,10 +203,10 @@ def _reduce(config: Config) -> float:
 
 
 def _update(config: Config, memory: float) -> float:
-    """AdamW reads gradient, weight and moments and writes the latter; norm and clip read and write once more."""
+    """Seconds of the update: gradient, weight and moments read, the latter two written; norm and clip once more."""
     size = element_size(config)
     elements = max(part.owned for part in flop_counts.stage_parameters(config))
-    slots = 24 if size == 4 else 28
+    slots = 8 * OPTIMIZERS[config.optimizer.name].moments + (8 if size == 4 else 12)
     return elements * (slots + 3 * size) / memory
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.config.derived import plain, world_size
-from gpt.config.schema import Config, Resume, Task
+from gpt.config.schema import Config, Resume
 from gpt.runs import run_dir
 from gpt.utils.errors import UserError
 from gpt.utils.files import Lock, append_json, json_lines, write_atomic, write_json
@@ -72,7 +72,7 @@ class Cell:
     @property
     def trains(self) -> bool:
         """Whether it is a training."""
-        return self.config.task is Task.pretrain
+        return self.config.task.facts.trains
 
     def state(self) -> State:
         """What has become of it, as its run's folder says."""
@@ -160,7 +160,6 @@ def label(overrides: Sequence[str]) -> str:
 # A grid's own folder: which cells it has, what happened to them, their output. Several drivers may write to it.
 
 STOPPED = (130, 143, -2, -15)  # exit codes of what was asked to end
-ONCE = (Task.evaluate, Task.generate)  # of a trained run, until that has a newer checkpoint
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,8 @@ class Folder:
         state, code = cell.state(), last.get("code")
         if state is State.interrupted and code not in (None, 0, *STOPPED):
             return State.failed  # it left no result
-        if state is State.new and code == 0 and cell.config.task in ONCE and last["time"] > cell.newest():
+        once = cell.config.task.facts.once_per_checkpoint
+        if state is State.new and code == 0 and once and last["time"] > cell.newest():
             return State.done
         return State.failed if state is State.new and code not in (None, 0, *STOPPED) else state
 

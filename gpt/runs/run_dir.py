@@ -14,6 +14,7 @@ result.json              written last
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -22,13 +23,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 
 from gpt.config.derived import plain, typed
 from gpt.config.rules import unknown_keys
-from gpt.config.schema import Config, Resume
+from gpt.config.schema import TASK_SECTIONS, Config, Resume
 from gpt.data.corpus import DatasetInfo
 from gpt.runs.provenance import git_revision
 from gpt.utils.errors import UserError
@@ -38,34 +39,54 @@ from gpt.utils.machine import machine, versions
 SHAPE_KEYS = ("vocab", "hidden", "layers", "heads", "ffn", "positions")
 # Keys that change how a job is run or shown but not what it computes.
 NON_IDENTITY_KEYS = (
-    "task", "tags", "notes", "prompt", "evaluate", "generate", "serve", "prepare", "import_weights", "export", "plan",
-    "yes", "dry_run", "grid", "optuna", "report",
-    "logger", "cluster", "device",
-    "trainer.resume", "trainer.log_every", "data.cache_dir",
+    "task", *TASK_SECTIONS, "tags", "notes", "prompt", "yes", "dry_run", "grid", "optuna",
+    "logger", "cluster", "device", "trainer.resume", "trainer.log_every", "data.cache_dir",
 )  # fmt: skip
 
 
-def run_name(config: dict[str, Any], parallel: str) -> str:
-    """``<model>_<parallel>_<hash8>``: a run is its configuration.
+def run_name(config: dict[str, Any], parallel: str, schema: type = Config) -> str:
+    """Return ``<model>_<parallel>_<hash8>``: a run is its configuration.
 
     Args:
         config: the resolved configuration as plain values.
         parallel: the name of the parallel preset.
+        schema: the dataclass that ``config`` follows.
     """
-    kept = json.loads(json.dumps(config))
-    for key in NON_IDENTITY_KEYS:
-        *sections, leaf = key.split(".")
-        node = kept
-        for section in sections:
-            node = node.get(section, {})
-        node.pop(leaf, None)
-    if kept.get("checkpoint") is None:  # runs of versions that could not start from given weights keep their names
-        kept.pop("checkpoint", None)
-    for key, before in (("engine", "fleet"), ("static", False)):  # nor could they choose an engine
-        if kept.get("parallel", {}).get(key) == before:
-            kept["parallel"].pop(key)
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(identity(config, schema), sort_keys=True).encode()).hexdigest()[:8]
     return f"{config['model']['name']}_{parallel}_{digest}"
+
+
+def identity(values: dict[str, Any], schema: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the keys that make a run what it is, which its name hashes.
+
+    These are all keys of the schema's first generation, and of the keys added ``since`` those that differ from the
+    recorded default: a new key renames no run of before.
+    """
+    recorded, sections = _recorded(schema), _sections(schema)
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if name in NON_IDENTITY_KEYS or (key in recorded and value == recorded[key]):
+            continue
+        if key not in sections:
+            kept[key] = value
+        elif isinstance(value, list):
+            kept[key] = [identity(each, sections[key], f"{name}.") for each in value]
+        elif section := identity(value, sections[key], f"{name}."):
+            kept[key] = section
+    return kept
+
+
+def _recorded(schema: type) -> dict[str, Any]:
+    """Return the recorded default of each later key of one section, as a plain value."""
+    return {f.name: f.metadata["default"] for f in dataclasses.fields(schema) if "since" in f.metadata}
+
+
+@functools.cache
+def _sections(schema: type) -> dict[str, type]:
+    """Return the dataclass of each key that holds one, or a list of them."""
+    types = {key: (*get_args(hint), hint)[0] for key, hint in get_type_hints(schema).items()}
+    return {key: each for key, each in types.items() if isinstance(each, type) and dataclasses.is_dataclass(each)}
 
 
 def find_existing(name: str, folder: Path = Path("outputs")) -> str:
@@ -128,13 +149,16 @@ class Job:
 
 
 def stored_config(stored: dict[str, Any], now: Config | None) -> Config:
-    """A configuration that this or an earlier version wrote: keys that are gone are left out, new ones are ``now``'s.
+    """Read a configuration that this or an earlier version wrote: keys that are gone are left out.
+
+    New ones have their recorded default, which is what the earlier version did, or else ``now``'s value.
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: a value is missing, or is not what it is today.
     """
     unknown_keys(stored)
-    return typed(OmegaConf.merge(plain(now), stored) if now else stored)
+    later = {key: _recorded(section) for key, section in _sections(Config).items()} | _recorded(Config)
+    return typed(OmegaConf.merge(plain(now) if now else {}, later, stored))
 
 
 def lock_of(run_dir: Path) -> Lock:
@@ -199,11 +223,13 @@ def resume_conflicts(run_dir: Path, config: Config) -> list[str]:
     if config.trainer.resume is Resume.never or not (run_dir / "job.json").exists():
         return []
     try:
-        earlier = Job.read(run_dir, now=config).config.model
+        stored = Job.read(run_dir, now=config).config
     except UserError as error:
         return [f"{error}; choose another hydra.run.dir=..."]
-    was, now = dataclasses.asdict(earlier), dataclasses.asdict(config.model)
+    was, now = dataclasses.asdict(stored.model), dataclasses.asdict(config.model)
     differing = [f"model.{k} is {was[k]} there and {now[k]} here" for k in SHAPE_KEYS if was[k] != now[k]]
+    if stored.optimizer.name != config.optimizer.name:  # its state is of no use to another
+        differing.append(f"optimizer.name is {stored.optimizer.name} there and {config.optimizer.name} here")
     return [_another(run_dir, "; ".join(differing))] if differing else []
 
 

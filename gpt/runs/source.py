@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpt.config import rules
 from gpt.config.derived import replicas
-from gpt.config.schema import Config, Parallel
+from gpt.config.schema import TASK_SECTIONS, Config, Parallel
 from gpt.data import tokenizer_files
 from gpt.data.corpus import DatasetInfo
 from gpt.runs import run_dir as runs
@@ -16,7 +16,7 @@ from gpt.runs.run_dir import Job
 from gpt.utils.errors import UserError
 
 # The command says these, whatever the run was trained with.
-COMMAND_SECTIONS = ("task", "seed", "evaluate", "generate", "serve", "export", "logger", "cluster", "precision")
+COMMAND_SECTIONS = ("task", "seed", *TASK_SECTIONS, "logger", "cluster", "precision")
 
 
 def is_checkpoint(path: Path) -> bool:

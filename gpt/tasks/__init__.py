@@ -1,30 +1,22 @@
-"""What a worker can do, one module each, to be read from top to bottom."""
+"""One module per task, named like its member of ``Task``, which it declares as ``TASK``. Paddle is not imported."""
 
 from __future__ import annotations
 
+import importlib
+
 from gpt.config.schema import Task
 from gpt.runs.run_dir import Job
+from gpt.tasks.spec import TaskSpec
 from gpt.utils.signals import Signals
 
 
+def spec(task: Task) -> TaskSpec:
+    """Return what the task's module declares."""
+    declared: TaskSpec = importlib.import_module(f"gpt.tasks.{task.value}").TASK
+    return declared
+
+
 def run(job: Job, signals: Signals) -> int:
-    """Do the job's task on this rank; returns the exit code."""
-    if job.config.task is Task.pretrain:
-        from gpt.tasks import pretrain
-
-        return pretrain.run(job, signals)
-    if job.config.task is Task.evaluate:
-        from gpt.tasks import evaluate
-
-        return evaluate.run(job, signals)
-    if job.config.task is Task.serve:
-        from gpt.tasks import serve
-
-        return serve.run(job, signals)
-    if job.config.task is Task.export:
-        from gpt.tasks import export
-
-        return export.run(job)
-    from gpt.tasks import generate
-
-    return generate.run(job, signals)
+    """Do the job's task on this rank; return the exit code."""
+    code: int = importlib.import_module(spec(job.config.task).worker).run(job, signals)
+    return code

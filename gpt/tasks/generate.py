@@ -1,217 +1,36 @@
-"""Sample: continue prompts, one token at a time, with cached keys and values."""
+"""``task=generate``: continue prompts with a checkpoint."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+import dataclasses
+import sys
 
-import paddle.distributed as dist
+from gpt.config.schema import Config
+from gpt.inference import prompts
+from gpt.runs import source
+from gpt.tasks.spec import Command, Driver, TaskSpec, launch_on_checkpoint
 
-from gpt.config.sampling import Sampling
-from gpt.data import tokenizer
-from gpt.inference import prompts as inference_prompts
-from gpt.inference.generator import Generator
-from gpt.inference.types import Completion, TextDelta
-from gpt.parallel import pipeline_comm
-from gpt.parallel.topology import Topology
-from gpt.runs.run_dir import Job
-from gpt.train.trainer import Trainer
-from gpt.utils import heartbeat, terminal
-from gpt.utils.console import say
-from gpt.utils.signals import Signals
-
-IDLE_SECONDS = 5.0  # after which ranks that wait for a prompt hear that there is none yet
+# Milliseconds that OpenMP's threads stay awake for more work. While a token is decoded they would take the cores from
+# numpy's own: 1.6 times the speed. A training step has work for them all the time.
+DECODING = {"KMP_BLOCKTIME": "1"}
 
 
-def run(job: Job, signals: Signals) -> int:
-    """Continue the prompts that the job names, or those that are typed; returns the exit code."""
-    topology = Topology.initialize(job.config)
-    writer = Generator.of(job, topology)
-    line = terminal.TerminalClient.from_environment() if topology.rank == 0 else None
-    if job.config.generate.interactive:
-        _converse(job, writer, topology, line, signals)
-    else:
-        _write(job, writer, topology, line, signals)
-    return 128 + signals.received if signals.received else 0
+def check(command: Command) -> list[str]:
+    """Return what is wrong with the prompts."""
+    return prompts.check(command.trained.config, source.vocabulary(command.trained))
 
 
-def _write(
-    job: Job, writer: Generator, topology: Topology, line: terminal.TerminalClient | None, signals: Signals
-) -> None:
-    """Continue all prompts, some side by side, the replicas sharing them out."""
-    settings = job.config.generate
-    prompts, sampling = inference_prompts.read(settings), Sampling.of(settings, job.config.seed)
-    live = line if len(prompts) == 1 and sampling.num_beams == sampling.num_return_sequences == 1 else None
-    if live:
-        live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
-    on_piece, first = _Shown(live), 0
-    with _Results(job, writer.step, topology) as results:
-        for found in in_batches(
-            writer, topology, prompts, sampling, settings.batch_size, on_piece, lambda: not signals.received
-        ):
-            if live:
-                live.show("\n")
-            results.take(prompts[first : first + len(found)], found, first, show=live is None)
-            first += len(found)
+def terminal(config: Config) -> bool:
+    """Return whether rank 0 shows text as it comes, in a session or in a terminal."""
+    return config.generate.interactive or (config.generate.stream and sys.stdout.isatty())
 
 
-def in_batches(
-    writer: Generator,
-    topology: Topology,
-    prompts: list[str],
-    sampling: Sampling,
-    size: int,
-    on_piece: Callable[[TextDelta], None],
-    keep_going: Callable[[], bool],
-) -> Iterator[list[list[Completion]]]:
-    """Texts for ``size`` prompts per replica at a time, on all ranks, as long as ``keep_going`` says so."""
-    for first in range(0, len(prompts), size * topology.replicas):
-        if not keep_going():
-            return
-        some = prompts[first : first + size * topology.replicas]
-        mine = [writer.encode(prompt) for prompt in some[topology.replica :: topology.replicas]]
-        yield _gathered(topology, writer.write(mine, sampling, on_piece, keep_going) if mine else [])
+def run(command: Command, driver: Driver) -> float | None:
+    """Launch the ranks on prompts that they can read."""
+    job, logs = command.trained, command.run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    job = dataclasses.replace(job, config=prompts.hand_over(job.config, logs))
+    return launch_on_checkpoint(dataclasses.replace(command, job=job), driver)
 
 
-def _gathered(topology: Topology, mine: list[list[Completion]]) -> list[list[Completion]]:
-    """What all replicas have written, in the order of their prompts."""
-    if topology.replicas == 1:
-        return mine
-    said: list[Any] = []
-    dist.all_gather_object(said, (topology.replica, mine))
-    by_replica = dict(said)
-    count = sum(len(found) for found in by_replica.values())
-    return [by_replica[i % topology.replicas][i // topology.replicas] for i in range(count)]
-
-
-class _Results:
-    """Shows texts, and puts them into ``samples.jsonl`` and ``generate.output``. The first rank alone does."""
-
-    def __init__(self, job: Job, step: int, topology: Topology) -> None:
-        self._job = job
-        self._step = step
-        self._here = topology.rank == 0
-        output = job.config.generate.output
-        self._final = Path(output) if output else None
-        self._part = self._final.with_name(f"{self._final.name}.part") if self._final else None
-        if self._part and self._here:
-            self._part.unlink(missing_ok=True)
-
-    def __enter__(self) -> _Results:
-        return self
-
-    def take(self, prompts: list[str], found: list[list[Completion]], first: int, *, show: bool) -> None:
-        """Texts of some prompts, of which the first has number ``first``."""
-        if not self._here:
-            return
-        rows = list(_rows(prompts, found, self._step))
-        record(self._job.run_dir / "samples.jsonl", rows)
-        if self._part:
-            record(self._part, [{"number": first + i, **row} for i, row in enumerate(rows)])
-        for number, row in enumerate(rows if show else (), start=1):
-            say(f"--- sample {number} of {len(rows)} (step {self._step:,}) ---")
-            say(f"{row['prompt']}{row['text']}")
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if self._part and self._final and self._here and kind is None:
-            os.replace(self._part, self._final)
-            say(f"written: {self._final}")
-
-
-def _rows(prompts: list[str], found: list[list[Completion]], step: int) -> Iterator[dict[str, Any]]:
-    for prompt, completions in zip(prompts, found, strict=True):
-        for text in completions:
-            about = {"tokens": len(text.tokens), "finish": text.finish, "logprob": sum(text.logprobs)}
-            yield {"step": step, "prompt": prompt, "text": text.text, **about}
-
-
-def record(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Append JSON lines."""
-    with open(file, "a", encoding="utf-8") as out:
-        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _converse(
-    job: Job, writer: Generator, topology: Topology, line: terminal.TerminalClient | None, signals: Signals
-) -> None:
-    """Continue every line that is typed, until the input ends."""
-    sampling, number = Sampling.of(job.config.generate, job.config.seed), 0
-    if line:
-        line.show(f"step {writer.step:,}; type the beginning of a text, Ctrl-D ends\n")
-    while (prompt := _next_prompt(topology, line, signals)) is not None:
-        tokens = writer.encode(prompt)
-        if not 0 < len(tokens) <= writer.positions:
-            if line:
-                line.show(f"that is {len(tokens):,} tokens; from 1 to {writer.positions:,} can be continued\n")
-            continue
-        if line and sampling.num_beams == sampling.num_return_sequences == 1:
-            line.show(prompt)
-        asked = replace(sampling, seed=sampling.seed + number)  # the same line again: another text
-        number += 1
-        on_piece = _Shown(line)
-        found = writer.write([tokens], asked, on_piece, lambda: not _stopped(topology, signals))
-        if line:
-            shown = "" if on_piece.shown else "\n".join(f"{prompt}{text.text}" for text in found[0])
-            line.show(f"{shown}\n\n")
-            record(job.run_dir / "samples.jsonl", list(_rows([prompt], found, writer.step)))
-
-
-class _Shown:
-    """Shows pieces of the first text; of several texts they would be mixed up."""
-
-    def __init__(self, line: terminal.TerminalClient | None) -> None:
-        self._line = line
-        self.shown = False
-
-    def __call__(self, piece: TextDelta) -> None:
-        heartbeat.beat(piece.tokens, "generate")
-        if self._line and piece.sequence == 0:
-            self.shown = True
-            self._line.show(piece.text)
-
-
-def _stopped(topology: Topology, signals: Signals) -> bool:
-    """Whether a signal has come to the first rank: ranks that work together stop together."""
-    return bool(pipeline_comm.broadcast_object(topology, bool(signals.received)))
-
-
-def _next_prompt(topology: Topology, line: terminal.TerminalClient | None, signals: Signals) -> str | None:
-    """What is typed next, on all ranks; None at the end."""
-    if line:
-        line.ask("> ")
-    while True:
-        heartbeat.beat(0, "wait for a prompt")
-        heard: dict[str, Any] | None = None
-        if line:
-            heard = {"line": None} if signals.received else line.answer(IDLE_SECONDS if topology.hcg else 0.5)
-        heard = pipeline_comm.broadcast_object(topology, heard)
-        if heard is not None:
-            found: str | None = heard["line"]
-            if line and found is None:
-                line.show("\n")
-            if found != "":
-                return found
-            if line:
-                line.ask("> ")
-
-
-def sample_text(job: Job, engine: Trainer, step: int) -> bool:
-    """The sample that closes a training run; whether there is one."""
-    if job.data.tokenizer is None:
-        say("no sample: the data has no tokenizer (data.tokenizer=.../tokenizer.json)")
-        return False
-    settings = job.config.generate
-    writer = Generator(engine.model, tokenizer.open_encoder(Path(job.data.tokenizer)), step)
-    prompt = writer.encode(settings.prompt)
-    if not 0 < len(prompt) <= writer.positions:
-        say(f"no sample: the prompt has {len(prompt):,} tokens, the model {writer.positions:,} positions")
-        return False
-    sampling = Sampling.of(settings, job.config.seed)
-    rows = list(_rows([settings.prompt], writer.write([prompt], sampling), step))
-    record(job.run_dir / "samples.jsonl", rows)
-    say(f"--- sample (step {step:,}) ---\n{settings.prompt}{rows[0]['text']}\n---")
-    return True
+TASK = TaskSpec(check, run, worker="gpt.tasks.workers.generate", environment=DECODING, terminal=terminal)

@@ -13,6 +13,7 @@ from gpt.plan.explain import Verdict, check_fit
 from gpt.plan.pipeline_plot import draw
 from gpt.plan.pipeline_simulation import timeline
 from gpt.plan.search import Candidate, search
+from gpt.tasks.spec import Command, Driver, TaskSpec
 from gpt.train.lr_scheduler import lr_at
 from gpt.utils.console import Console
 from gpt.utils.errors import UserError
@@ -139,3 +140,12 @@ def _best(config: Config) -> Config:
 def is_plan(composed: Any) -> bool:
     """Whether a composed configuration asks for a plan."""
     return str(getattr(composed.get("task"), "value", composed.get("task"))) == "plan"
+
+
+def run(command: Command, driver: Driver) -> float | None:
+    """Show the plan."""
+    show(command.config, driver.console, command.overrides)
+    return None
+
+
+TASK = TaskSpec(run=run)

@@ -1,248 +1,120 @@
-"""Train: restore, step, record, evaluate, save, and close with a sample."""
+"""``task=pretrain``: train a GPT in its run directory, or go on with what is in it."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import os
+import shlex
 from pathlib import Path
-from signal import Signals as Signal
-from typing import Any
 
-from gpt.config.derived import global_batch_size, one_rank, plain, world_size
-from gpt.config.parameters import parameter_shapes
+from gpt.config.derived import world_size
+from gpt.config.schema import Config
 from gpt.config.task_schemas import Split
+from gpt.data import corpus
+from gpt.data.corpus import DatasetInfo
 from gpt.data.dataset import TokenDataset
-from gpt.parallel.topology import Topology
-from gpt.runs.checkpoint import checkpoint, saver
-from gpt.runs.run_dir import Job, truncate_metrics
-from gpt.tasks.generate import sample_text
-from gpt.train.loggers import base, build
-from gpt.train.metrics import Meter, peak_memory, validation
-from gpt.train.trainer import Trainer
-from gpt.utils import heartbeat
-from gpt.utils import signals as utils_signals
-from gpt.utils.console import say
-from gpt.utils.errors import UserError
-from gpt.utils.files import write_json
-from gpt.utils.machine import versions
-from gpt.utils.signals import GuardError, Signals
-
-ALONE_BYTES = 4 << 30  # of float32 weights that one rank may read whole for the closing sample
+from gpt.plan import auto_parallel, devices, summary
+from gpt.runs import provenance, source, wandb_run
+from gpt.runs import run_dir as runs
+from gpt.runs.run_dir import Job
+from gpt.tasks.spec import Command, Driver, TaskSpec
+from gpt.utils import machine
+from gpt.utils.console import Console
+from gpt.utils.files import short
+from gpt.utils.launch_env import LaunchEnvironment
 
 
-def run(job: Job, signals: Signals) -> int:
-    """Train until ``trainer.max_steps``, a signal or the guard; returns the exit code."""
-    session, trainer = Session(job), job.config.trainer
-    outcome, code, why = "done", utils_signals.DONE, ""
-    try:
-        while not session.stopped(signals) and session.step < trainer.max_steps:
-            record = session.train()
-
-            if session.val and session.due(trainer.eval_every):
-                record |= session.evaluate()
-            session.publish(record)
-
-            if session.due(trainer.save_every):
-                session.save()
-        if session.stopped_by:
-            say(
-                f"stopped by {session.stopped_by.name} after step {session.step:,}; the same command goes on from there"
-            )
-            outcome, code = "stopped", 128 + session.stopped_by
-            session.save_unless_saved()
-    except GuardError as error:
-        say(f"STOPPED: {error}")
-        outcome, code, why = "guard", utils_signals.GUARD, str(error)
-    if (unsaved := session.saver.wait()) and outcome == "done":
-        outcome, code, why = "failed", utils_signals.FAILED, f"the checkpoint could not be written: {unsaved}"
-    if outcome == "done":
-        session.sample()
-    session.close(outcome, code, why)
-    return code
+def check(command: Command) -> list[str]:
+    """Return what earlier work in the run directory, or the weights to start from, do not allow."""
+    return runs.resume_conflicts(command.run_dir, command.config) + source.start_problems(command.config)
 
 
-class Session:
-    """A training run in progress: what it is made of, and its place. The first rank alone writes files."""
-
-    def __init__(self, job: Job) -> None:
-        config = job.config
-        heartbeat.beat(0, "connect")
-        self.topology = Topology.initialize(config)
-        heartbeat.beat(0, "build")
-        self.job = job
-        self.samples = TokenDataset(config, job.data, Split.train)
-        self.val = TokenDataset(config, job.data, Split.val) if config.data.split[1] > 0 else None
-        self.engine = Trainer(config, self.topology)
-        self.step = restore(job, self.engine)
-        self.first_step = self.step
-        self.stopped_by: Signal | None = None
-        self.sinks: list[base.Logger] = []
-        if self.topology.rank == 0:
-            truncate_metrics(job.run_dir, self.step)
-            (job.run_dir / "result.json").unlink(missing_ok=True)
-            self.jsonl, self.sinks = build.loggers(job)
-        keep = config.trainer.keep_checkpoints
-        self.saver = saver.Saver(job.run_dir, keep, say, self.topology.rank, world_size(config))
-        self.told_of: int | None = None  # the last checkpoint that the sinks know
-        self.meter = Meter(config)
-        self.last: dict[str, Any] = {}
-        self.last_validation: dict[str, float] = {}
-        epochs = self.samples.epochs(config.trainer.max_steps * global_batch_size(config))
-        shares = [part.weight / sum(p.weight for p in job.data.parts) for part in job.data.parts]
-        say(
-            f"training from step {self.step:,} to {config.trainer.max_steps:,}: "
-            + "; ".join(
-                f"{epoch:.3g} epoch(s) of the training split"
-                + (f" of {Path(part.path).name}, {share:.4g} of the samples" if len(epochs) > 1 else "")
-                for epoch, share, part in zip(epochs, shares, job.data.parts, strict=True)
-            )
-        )
-
-    def stopped(self, signals: Signals) -> bool:
-        """Whether a signal asks to stop: one to any rank is one to all, which leave the loop after the same step."""
-        kinds = (Signal.SIGTERM, Signal.SIGINT)
-        heard = self.topology.all_reduce_sum(*(float(signals.received is kind) for kind in kinds))
-        self.stopped_by = next((kind for kind, count in zip(kinds, heard, strict=True) if count), None)
-        return self.stopped_by is not None
-
-    def train(self) -> dict[str, Any]:
-        """One step; returns its record."""
-        self.meter.start()
-        result = self.engine.step(self.step + 1, self.samples)
-        self.step += 1
-        if self.shown():  # every rank comes to the same answer, so all ask together
-            self.meter.memory_peak = self.topology.all_reduce_max(peak_memory(self.topology.device))
-        self.last = self.meter.record(self.step, result)
-        return self.last
-
-    def evaluate(self) -> dict[str, float]:
-        """Loss on the validation split; returns what belongs in the record."""
-        assert self.val
-        heartbeat.beat(self.step, "evaluate")
-        loss = self.engine.evaluate(self.val, self.job.config.trainer.eval_batches)
-        self.last_validation = validation(loss, self.job.data)
-        return self.last_validation
-
-    def publish(self, record: dict[str, Any]) -> None:
-        """Send the step's record everywhere."""
-        for sink in self.sinks:
-            sink.write(record)
-        self._tell_of_checkpoint()
-        if "val/loss" in record or self.shown():
-            self.meter.show(record)
-
-    def _tell_of_checkpoint(self) -> None:
-        """It is whole some steps after it was begun."""
-        if (step := self.saver.saved_step) is not None and step != self.told_of:
-            self.told_of = step
-            for sink in self.sinks:
-                sink.saved(step)
-
-    def shown(self) -> bool:
-        """Whether the step has a line on the terminal, evaluated or not."""
-        return self.step == self.first_step + 1 or self.due(self.job.config.trainer.log_every)
-
-    def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps (0: never), and at the end, happens now."""
-        return self.step == self.job.config.trainer.max_steps or (every > 0 and self.step % every == 0)
-
-    def save(self) -> None:
-        """Copy this rank's part of the state and let it be written in the background."""
-        heartbeat.beat(self.step, "save")
-        model, optimizer, rest = self.engine.state()
-        if self.topology.rank == 0:
-            self.jsonl.sync()
-        tokenizer = Path(self.job.data.tokenizer) if self.job.data.tokenizer else None
-        self.saver.submit(saver.CheckpointShard(self.step, model, optimizer, {**self._about(), **rest}, tokenizer))
-
-    def save_unless_saved(self) -> None:
-        """For an end that may come at any step."""
-        self.saver.wait()
-        unsaved = self.step > self.first_step and self.saver.saved_step != self.step
-        if self.topology.all_reduce_sum(float(unsaved and self.topology.rank == 0))[0]:
-            self.save()
-
-    def sample(self) -> None:
-        """Continue the prompt on the first rank; what is shared out among ranks it reads from the last checkpoint."""
-        heartbeat.beat(self.step, "sample")
-        if self.topology.rank > 0:
-            return
-        engine, parallel = self.engine, self.job.config.parallel
-        if parallel.mp_degree * parallel.pp_degree > 1 or engine.shards.parameters_too or engine.topology.placed:
-            size = self._parameters() * 4
-            if size > ALONE_BYTES:
-                say(
-                    f"no sample: the whole model has {size / 2**30:,.1f} GiB of weights; "
-                    "task=generate continues a prompt from the checkpoint"
-                )
-                return
-            alone = one_rank(self.job.config)
-            engine = Trainer(alone, Topology(alone.parallel, self.topology.device), train=False)
-            engine.load(checkpoint.Checkpoint(checkpoint.folder_of(self.job.run_dir, self.step)).model(), None, {})
-        if sample_text(self.job, engine, self.step):
-            for sink in self.sinks:
-                sink.sampled(self.step)
-
-    def close(self, outcome: str, code: int, why: str) -> None:
-        """End the logs and write ``result.json``, last."""
-        if self.topology.rank > 0:
-            return
-        self._tell_of_checkpoint()
-        for sink in self.sinks:
-            sink.close(outcome, code, why)
-        result = {"status": outcome, "step": self.step, "tokens": self.step * self.meter.tokens_per_step}
-        result["train/loss"] = self.last.get("train/loss")
-        result |= self.last_validation
-        result["parameters"] = self._parameters()
-        if self.meter.seconds:
-            result |= self.meter.rates(self.meter.typical_seconds())
-            result["memory_peak_gib"] = self.last["memory_peak_gib"]
-        write_json(self.job.run_dir / "result.json", result)
-
-    def _parameters(self) -> int:
-        return sum(math.prod(shape) for shape in parameter_shapes(self.job.config).values())
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint says of itself besides arrays. Dropout and data order are functions of seed and step."""
-        samples = self.step * global_batch_size(self.job.config)
-        return {
-            "step": self.step,
-            "samples": samples,
-            "tokens": samples * self.job.config.data.seq_len,
-            "data_fingerprint": self.job.data.fingerprint,
-            "data": self.job.data.plain(),
-            "config": plain(self.job.config),
-            "versions": versions(),
-        }
-
-
-def restore(job: Job, engine: Trainer) -> int:
-    """Load the newest sound checkpoint, if any; returns its step, or 0 for a fresh start.
-
-    A fresh start takes its weights from ``checkpoint=``, if that is given.
+def prepare_data(config: Config, console: Console) -> DatasetInfo:
+    """Return the data of a training, tokenised if it was not yet.
 
     Raises:
-        UserError: the checkpoint is of another model or other data.
+        UserError: it does not do for this job; nothing was started.
     """
-    found = checkpoint.latest_valid(job.run_dir, lambda line: say(f"WARNING: {line}"), engine.topology)
-    if found is None:
-        if job.config.checkpoint:
-            _start(Path(job.config.checkpoint), engine)
-        return 0
-    if found.state["data_fingerprint"] != job.data.fingerprint:
-        raise UserError(f"{found.path}: trained on other data; start afresh with trainer.resume=never")
-    try:
-        engine.load(found.model(), found.optimizer(), found.state)
-    except ValueError as error:
-        raise UserError(f"{found.path}: {error}") from error
-    say(f"resuming from {found.path.name}")
-    return int(found.state["step"])
+    data = corpus.prepare(config, console.note)
+    if config.checkpoint and (remark := source.same_tokenizer(config, data)):
+        console.warn(remark)
+    for split in (Split.train, Split.val):
+        if config.data.split[list(Split).index(split)] > 0:
+            TokenDataset(config, data, split)  # a split too small for a sample is an error before anything is started
+    return data
 
 
-def _start(source: Path, engine: Trainer) -> None:
-    """Weights from elsewhere; moments, learning rate and data order are those of step 0."""
-    found = checkpoint.load_or_fail(source, lambda line: say(f"WARNING: {line}"), engine.topology)
-    try:
-        engine.load(found.model(), None, {})
-    except ValueError as error:
-        raise UserError(f"{found.path}: {error}") from error
-    say(f"starting with the weights of {found.path} (its step {found.state['step']:,}), at step 0 with fresh moments")
+def run(command: Command, driver: Driver) -> float | None:
+    """Train, and return the validation loss; a run that is done returns the one that it has."""
+    config, run_dir, console = command.config, command.run_dir, driver.console
+    data = prepare_data(config, console)
+    if config.checkpoint:
+        checkpoint = str(Path(config.checkpoint).resolve())  # for ranks elsewhere, and for the record
+        config = dataclasses.replace(config, checkpoint=checkpoint)
+    with driver.locked(run_dir) as lock:
+        decision = runs.resume_decision(run_dir, config, data)
+        if decision.aside:
+            os.rename(run_dir, decision.aside)
+        for message in decision.messages:
+            console.note(message)
+        if not decision.start:
+            result = runs.read_result(run_dir)
+            return result.get("val/loss") if result else None
+        run_dir.mkdir(parents=True, exist_ok=True)  # for a command that Hydra did not start
+        job = Job(config, data, run_dir.resolve(), command.words)
+        job.write()
+        provenance.note_start(run_dir, job.command, max(runs.checkpoint_steps(run_dir), default=0), world_size(config))
+        auto_parallel.show(config, console)
+        console.header(_header(job, driver.role))
+        driver.launch(job, run_dir / "job.json", lock)
+    return _sum_up(job, console)
+
+
+def _header(job: Job, role: LaunchEnvironment) -> list[tuple[str, str]]:
+    config = job.config
+    rows = dict(summary.summary(dataclasses.replace(config, device=devices.known_device(config))))
+    entropy = f", unigram entropy {job.data.unigram_entropy:.2f} nats" if job.data.unigram_entropy else ""
+    ranks = world_size(config)
+    threads = config.cluster.threads or max(1, machine.cores() // role.here(ranks))
+    device = f"{config.cluster.device.value}, {config.precision.dtype.value}"
+    shape = f"{config.model.layers} layers x {config.model.hidden}, {rows['parameters']} parameters"
+    started = f", started by {role.starter}" if role.starter else ""
+    return [
+        ("device", f"{device}, {threads} threads" if config.cluster.device.value == "cpu" else device),
+        *([("ranks", f"{rows['ranks']}{started}")] if ranks > 1 else []),
+        ("model", f"{config.model.name}: {shape}"),
+        ("data", f"{config.data.kind.value}: {job.data.tokens:,} tokens{entropy}"),
+        ("batch", rows["batch"]),
+        ("horizon", rows["horizon"]),
+        ("memory", rows["memory"].split(":")[0]),
+        *([("time", rows["time"])] if "time" in rows else []),
+        ("first loss", rows["first loss"]),
+        ("run", str(short(job.run_dir))),
+    ]
+
+
+def _sum_up(job: Job, console: Console) -> float | None:
+    from gpt.train.loss_curve import loss_curve
+
+    result = runs.read_result(job.run_dir) or {}
+    picture = loss_curve(job.run_dir, job.config, job.data.unigram_entropy)
+    rows = [(key, f"{value:,.4f}" if isinstance(value, float) else f"{value}") for key, value in result.items()]
+    rows.append(("loss curve", str(short(picture))))
+    console.table("done", rows)
+    command, more = "python -m gpt.main", 2 * job.config.trainer.max_steps
+    same = shlex.join(w for w in job.command if not w.startswith(("hydra.run.dir=", "trainer.max_steps=")))
+    run = f"hydra.run.dir={shlex.quote(str(short(job.run_dir)))}"
+    console.next_commands(
+        [
+            (f"{command} task=generate {run} prompt='import '", "continue a prompt"),
+            (f"{command} task=evaluate {run} evaluate.split=test", "measure on the test split"),
+            (f"{same} {run} trainer.max_steps={more}", "train on"),
+            (f"{command} task=plan model=1.3b parallel=dp8", "what would a bigger model need?"),
+            *wandb_run.commands(job.run_dir / "wandb"),
+        ]
+    )
+    value = result.get("val/loss")
+    return float(value) if value is not None else None
+
+
+TASK = TaskSpec(check, run, worker="gpt.tasks.workers.pretrain")

@@ -1,4 +1,4 @@
-"""The picture that closes a run."""
+"""The loss curve of a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def loss_curve(run_dir: Path, config: Config, unigram_entropy: float | None) -> 
     """Draw losses and learning rate over tokens into ``loss.png``.
 
     Args:
-        run_dir: has the records.
+        run_dir: with the records.
         config: of the run, for the learning rate between records.
-        unigram_entropy: nats per token, drawn as the line that a model must get below; None: unknown.
+        unigram_entropy: nats per token, drawn as a line that a model must get below; None: unknown.
     """
     import matplotlib
 
@@ -26,9 +26,13 @@ def loss_curve(run_dir: Path, config: Config, unigram_entropy: float | None) -> 
     figure, axes = pyplot.subplots(figsize=(9, 5), dpi=120)
     tokens = [r["tokens"] for r in records]
     axes.plot(tokens, [r["train/loss"] for r in records], color="#9db8d9", linewidth=1, label="train loss")
-    checked = [r for r in records if "val/loss" in r]
+    validations = [r for r in records if "val/loss" in r]
     axes.plot(
-        [r["tokens"] for r in checked], [r["val/loss"] for r in checked], "o-", color="#1f4e8c", label="validation loss"
+        [r["tokens"] for r in validations],
+        [r["val/loss"] for r in validations],
+        "o-",
+        color="#1f4e8c",
+        label="validation loss",
     )
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="#c0504d", linestyle="--", linewidth=1, label="unigram entropy")

@@ -1,4 +1,4 @@
-"""Honest figures: what a step took, what an evaluation found."""
+"""Metrics of a step and of an evaluation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from gpt.plan import flops
 from gpt.plan.devices import peak_here
 from gpt.train.trainer import StepResult
 from gpt.utils.console import say
+from gpt.utils.launch_env import WorkerEnv
 
 WARM_UP_STEPS = 3  # left out of the typical step: they fill caches
 
 
 def validation(loss: float, data: DatasetInfo) -> dict[str, float]:
-    """The record of an evaluation; bits per byte compare across tokenizers, losses do not."""
+    """Return the record of an evaluation; bits per byte compare across tokenizers, losses do not."""
     record = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 20.0))}
     if data.bytes_per_token:
         record["val/bits_per_byte"] = loss / math.log(2) / data.bytes_per_token
@@ -32,7 +33,7 @@ def validation(loss: float, data: DatasetInfo) -> dict[str, float]:
 
 
 def peak_memory(device: Device) -> float:
-    """Most memory so far, in GiB: of the process on a CPU, of the allocator on a GPU."""
+    """Return the peak memory in GiB: of the process on a CPU, of the allocator on a GPU."""
     if device is Device.gpu:
         return float(paddle.device.cuda.max_memory_allocated()) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -53,15 +54,15 @@ class Meter:
         name = paddle.device.cuda.get_device_name() if config.cluster.device is Device.gpu else "CPU"
         self.peak = peak_here(config, name)
         self.seconds: list[float] = []
-        self.memory_peak = 0.0  # GiB on the fullest rank, when it was last asked for
+        self.memory_peak = 0.0  # GiB on the fullest rank, as of the last line
         self._began = 0.0
 
     def start(self) -> None:
-        """A step begins."""
+        """Start timing a step."""
         self._began = time.perf_counter()
 
     def record(self, step: int, result: StepResult) -> dict[str, Any]:
-        """The step has ended: its record."""
+        """Stop timing a step and return its record."""
         seconds = time.perf_counter() - self._began
         self.seconds.append(seconds)
         rate = self.tokens_per_step / seconds
@@ -82,7 +83,7 @@ class Meter:
         return record
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """Tokens per second of a step of so many seconds: of all ranks, with several also per device and replica."""
+        """Return tokens per second of all ranks; with several ranks also per device and per replica."""
         rate = self.tokens_per_step / seconds
         if self.world == 1:
             return {"tokens_per_second": rate}
@@ -93,12 +94,12 @@ class Meter:
         }
 
     def typical_seconds(self) -> float:
-        """Median time of a step after warm-up."""
+        """Return the median time of a step after warm-up."""
         return statistics.median(self.seconds[WARM_UP_STEPS:] or self.seconds)
 
     def show(self, record: dict[str, Any]) -> None:
         """A plain line, unless the driver draws a live display from the records."""
-        if os.environ.get("GPT_LIVE") and "val/loss" not in record:
+        if WorkerEnv.from_env(os.environ).live and "val/loss" not in record:
             return
         last = self.config.trainer.max_steps
         left = int((last - record["step"]) * self.typical_seconds())

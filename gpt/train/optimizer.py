@@ -1,4 +1,4 @@
-"""AdamW with decay groups, the global norm, and the learning rate as a pure function of the step."""
+"""The optimizer of a rank, its state by logical names, CPU offload, and the dynamic loss scale."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gpt.config.parameters import has_weight_decay
+from gpt.config.optimizers import OPTIMIZERS
+from gpt.config.parameters import parameter
 from gpt.config.schema import Optimizer
 from gpt.utils.signals import GuardError
 
 if TYPE_CHECKING:
     import paddle
-
-    from gpt.parallel.semi_auto import MeshPlacement
 
     Tensors = dict[str, paddle.Tensor]
 
@@ -73,35 +72,20 @@ def build(
     settings: Optimizer,
     *,
     master_weights: bool,
-    placed: MeshPlacement | None = None,
 ) -> Any:
-    """Paddle's AdamW over all parameters; the engine sets the rate and clips.
+    """Build the optimizer over all parameters; the trainer sets the learning rate and clips.
 
     Args:
         parameters: by logical name, with their first values.
         settings: of the optimizer section.
         master_weights: keep float32 copies of weights of a smaller type.
-        placed: where the parameters are, if the semi-auto engine has placed them.
     """
-    import paddle
-
-    decayed = {p.name for name, p in parameters.items() if has_weight_decay(name)}
+    decayed = {p.name for name, p in parameters.items() if parameter(name).weight_decay}
 
     def make(tensors: list[paddle.Tensor]) -> Any:
-        return paddle.optimizer.AdamW(
-            learning_rate=settings.lr,
-            beta1=settings.betas[0],
-            beta2=settings.betas[1],
-            epsilon=settings.eps,
-            weight_decay=settings.weight_decay,
-            parameters=tensors,
-            apply_decay_param_fun=decayed.__contains__,
-            multi_precision=master_weights,
-        )
+        return OPTIMIZERS[settings.name].make(settings, tensors, decayed.__contains__, master_weights)
 
     tensors = list(parameters.values())
-    if placed:
-        return placed.optimizer(make(tensors))
     return CpuOffloadOptimizer(tensors, make) if settings.offload else make(tensors)
 
 
@@ -176,7 +160,6 @@ def restore(
     parameters: Tensors,
     slots: dict[str, Any],
     master: dict[str, Any],
-    placed: MeshPlacement | None = None,
 ) -> None:
     """The inverse of ``state_of``.
 
@@ -185,17 +168,9 @@ def restore(
         parameters: by logical name.
         slots: arrays by ``<logical name>.<slot>``.
         master: float32 weights by logical name, empty if there are none.
-        placed: where the parameters are, if the semi-auto engine has placed them.
     """
     import paddle
 
-    if placed:  # the slots have places too: they are made first
-        placed.make_slots(optimizer, list(parameters.values()))
-        own_master, own_slots = state_of(optimizer, parameters)
-        for there, values in ((own_master, master), (own_slots, slots)):
-            for key, value in values.items():
-                placed.put(there[key], paddle.to_tensor(value))
-        return
     state: dict[str, Any] = to_paddle_names(slots, parameters)
     if master:
         state["master_weights"] = {p.name: paddle.to_tensor(master[n], dtype="float32") for n, p in parameters.items()}

@@ -20,3 +20,11 @@ class UserError(Exception):
         """Join all problems of one command into one error."""
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         return cls(f"{head}, nothing was started:\n" + "\n".join(f"  - {p}" for p in problems), problems)
+
+
+class JobFailed(Exception):
+    """A started job did not end well; ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

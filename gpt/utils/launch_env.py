@@ -1,11 +1,53 @@
-"""The launcher that started this process, read from the environment."""
+"""The launch environment: which launcher started this process, and what this project's own processes pass on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 PADDLE, SLURM, MPI = "paddle.distributed.launch", "srun", "mpirun"
+VARIABLE = "GPT_WORKER"
+
+
+@dataclass(frozen=True)
+class WorkerEnv:
+    """Settings that a process of this project gets from the one that started it, in one environment variable.
+
+    Attributes:
+        parent: process with which to end; None: the one that started this process.
+        live: the driver draws the progress, so step lines are not needed.
+        terminal: standard input and output are the user's, for text as it is generated.
+        cores: CPU cores to stay on.
+        run_lock: descriptor of the run's lock, which the parent has taken.
+        slot_locks: descriptors of the locks of the job's slots.
+        tuned: threads and allocator are set, which must be done before a process starts.
+    """
+
+    parent: int | None = None
+    live: bool = False
+    terminal: bool = False
+    cores: tuple[int, ...] = ()
+    run_lock: int | None = None
+    slot_locks: tuple[int, ...] = ()
+    tuned: bool = False
+
+    def to_env(self) -> dict[str, str]:
+        """Return the variable.
+
+        Example:
+            >>> WorkerEnv.from_env(WorkerEnv(live=True, cores=(0, 3)).to_env()).cores
+            (0, 3)
+        """
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> WorkerEnv:
+        """Read what ``to_env`` made; the defaults if there is nothing."""
+        values = json.loads(env.get(VARIABLE, "{}"))
+        settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**settings)
 
 
 @dataclass(frozen=True)
@@ -47,7 +89,7 @@ class LaunchEnvironment:
 
 
 def detect(env: Mapping[str, str]) -> LaunchEnvironment:
-    """Read from the environment who we are.
+    """Return the launcher and this process's rank, read from the environment.
 
     Slurm counts only as a step with several tasks (``srun``): a batch script has SLURM_PROCID and SLURM_NTASKS too,
     and a command in it runs once.

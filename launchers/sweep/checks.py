@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import sys
@@ -13,8 +14,9 @@ from omegaconf import DictConfig
 
 from gpt.config import derived
 from gpt.config.cluster import Device
-from gpt.config.schema import Task
+from gpt.config.task_schemas import Section
 from gpt.runs.grid import Cell
+from gpt.tasks import plan
 from gpt.utils.console import Console
 from gpt.utils.errors import UserError
 
@@ -51,7 +53,7 @@ def before(overrides: Sequence[Override], master: DictConfig, console: Console) 
             )
     if problems:
         raise UserError.of(problems)
-    if str(master.task) != Task.plan.name and not str(master.task).endswith(".plan"):
+    if not plan.is_plan(master):
         _agree(count, int(master.grid.confirm_above), bool(master.yes), console)
 
 
@@ -91,10 +93,9 @@ def together(cells: list[Cell], outputs: Path) -> None:
     kinds = sorted({cell.config.cluster.kind.value for cell in cells})
     if len(kinds) > 1:
         problems.append(f"cluster={','.join(kinds)}: the cells of a grid run in one place: make a grid of each")
-    if any(cell.config.task is Task.serve for cell in cells):
-        problems.append("task=serve has no end, so it cannot be a cell of a grid: start it without -m")
-    if any(cell.config.task is Task.generate and cell.config.generate.interactive for cell in cells):
-        problems.append("generate.interactive=true needs your terminal: start it without -m")
+    sections = [getattr(cell.config, cell.config.task.name, None) for cell in cells]
+    unattended = [s.unattended_problems("a grid (-m)") for s in sections if isinstance(s, Section)]
+    problems += dict.fromkeys(itertools.chain.from_iterable(unattended))
     if reason := _unwritable(outputs):
         problems.append(f"{outputs}: cannot be written ({reason}): choose another folder with hydra.sweep.dir=...")
     if problems:

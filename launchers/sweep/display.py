@@ -14,7 +14,7 @@ from rich.text import Text
 from gpt.config import derived
 from gpt.config.cluster import Device
 from gpt.config.derived import global_batch_size
-from gpt.config.schema import Config, Task
+from gpt.config.schema import Config
 from gpt.plan import devices, flops, memory, step_time
 from gpt.plan.summary import duration, layout
 from gpt.runs.grid import Cell, Folder, State
@@ -61,7 +61,7 @@ def plan(console: Console, folder: Folder, cells: list[Cell], outcomes: dict[str
     if left and len(known) == len(left):
         rows.append(("time", f"about {duration(sum(known) / count)} if nothing was done yet"))
     console.table(f"grid {folder.path.name}", rows)
-    training = [cell for cell in cells if cell.config.task is Task.pretrain]
+    training = [cell for cell in cells if cell.trains]
     if training:
         kinds = Counter(_kind(cell) for cell in training)
         table = [(f"{number:,}", *kind) for kind, number in kinds.items()]
@@ -94,9 +94,7 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 def _seconds(config: Config) -> float | None:
     """Predicted, of a whole cell; None if the device is not known."""
-    found = (
-        step_time.cost(replace(config, device=devices.known_device(config))) if config.task is Task.pretrain else None
-    )
+    found = step_time.cost(replace(config, device=devices.known_device(config))) if config.task.facts.trains else None
     return found.seconds * config.trainer.max_steps if found else None
 
 

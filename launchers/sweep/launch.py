@@ -19,10 +19,9 @@ from gpt.runs.report import report
 from gpt.runs.run_dir import NON_IDENTITY_KEYS
 from gpt.tasks import plan
 from gpt.utils.console import Console
-from gpt.utils.errors import UserError
+from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.signals import FAILED
 from launchers import remote
-from launchers.job import JobFailed
 from launchers.sweep import checks, compose, local_runner
 from launchers.sweep.display import CellOutcome
 

@@ -13,8 +13,8 @@ from gpt.runs import run_dir
 from gpt.runs.grid import STOPPED, Cell, Folder, State
 from gpt.utils import machine
 from gpt.utils.console import Console
+from gpt.utils.errors import JobFailed
 from gpt.utils.signals import BAD_INPUT
-from launchers.job import JobFailed
 from launchers.outcome import SHOWN_LINES
 from launchers.sweep import checks, display
 from launchers.sweep.display import CellOutcome, Line
@@ -39,7 +39,7 @@ class Live:
 
 
 class Runner:
-    """What ``launchers.sweep.pool`` is told about cells, and tells us."""
+    """The cells of a grid as jobs of a pool, and what is shown of them."""
 
     def __init__(
         self, cells: list[Cell], folder: Folder, console: Console, watch: Callable[[list[Live]], None] | None
@@ -57,7 +57,7 @@ class Runner:
         self.began = self._shown = time.monotonic()
 
     def look(self) -> list[PoolJob]:
-        """Find out what there is to do."""
+        """Return the jobs of the cells that are not done."""
         last = self.folder.last_events()
         entries = []
         for name, cell in self.cells.items():
@@ -70,19 +70,17 @@ class Runner:
         return entries
 
     def entry(self, cell: Cell) -> PoolJob:
-        """What the pool is to start for a cell."""
+        """Return a cell's job."""
         start = [sys.executable, "-m", "launchers.sweep.run_cell", str(self.folder.frozen(cell))]
         return PoolJob(cell.name, start, cell.ranks, self.folder.log(cell.name), run_dir.lock_of(cell.run_dir))
 
     def run(self, entries: list[PoolJob]) -> None:
-        """All of it."""
+        """Run the jobs."""
         with self.console.live() as self.screen:
             self.pool.run(entries)
 
-    # --- what the pool says ---
-
     def wanted(self, entry: PoolJob) -> bool:
-        """Not if another driver has done it, or has seen it fail, since we looked."""
+        """Return False if another driver has run the cell since ``look``."""
         cell, outcome = self.cells[entry.name], self.outcomes[entry.name]
         if outcome.state != "elsewhere" and entry.attempt:
             return True
@@ -95,17 +93,17 @@ class Runner:
         return True
 
     def started(self, job: Running) -> None:
-        """Write it down and say it."""
+        """Record and show the start of a cell."""
         cell, outcome = self.cells[job.entry.name], self.outcomes[job.entry.name]
         outcome.state = "running"
-        self.folder.note(cell.name, "started", attempt=job.entry.attempt, slots=job.taken.numbers)
+        self.folder.note(cell.name, "started", attempt=job.entry.attempt, slots=job.lease.numbers)
         if not self.screen.drawn:
             again = f", attempt {job.entry.attempt}" if job.entry.attempt > 1 else ""
             goes_on = f", from step {step:,}" if (step := cell.record().get("step")) else ""
             self._say(f"started: {cell.label}  ({cell.name}{goes_on}{again})")
 
     def ended(self, job: Running, code: int) -> bool:
-        """Write it down and say it, with the last lines of what failed."""
+        """Record and show the end of a cell, with the last lines of a failed one; return True to retry it."""
         cell, outcome = self.cells[job.entry.name], self.outcomes[job.entry.name]
         outcome.code, outcome.seconds = code, outcome.seconds + time.monotonic() - job.began
         event = "pruned" if job.pruned and code in STOPPED else "ended"
@@ -122,18 +120,18 @@ class Runner:
             self.pool.stop()
         return retry
 
-    def elsewhere(self, entry: PoolJob) -> None:
-        """Somebody else runs it."""
+    def held_by_other(self, entry: PoolJob) -> None:
+        """Show that another driver runs the cell."""
         if self.outcomes[entry.name].state != "elsewhere":
             self.outcomes[entry.name].state = "elsewhere"
             self._say(f"runs elsewhere: {self.cells[entry.name].label}")
 
     def poll(self, running: list[Running], waiting: list[PoolJob]) -> None:
-        """Show what runs, and let a sweeper look at it."""
+        """Show the running cells, and pass them to the sweeper."""
         if self.pool.stopped_by and not self.stopping:
             self.stopping = True
-            how = f"; {len(running)} running, which save and end (once more: at once)" if running else ""
-            self._say(f"stopped by {self.pool.stopped_by.name}{how}")
+            rest = f"; {len(running)} running, which save and end (once more: at once)" if running else ""
+            self._say(f"stopped by {self.pool.stopped_by.name}{rest}")
         if time.monotonic() - self._shown < SHOW_SECONDS:
             return
         self._shown = time.monotonic()
@@ -142,7 +140,7 @@ class Runner:
             self.watch(live)
         if self.screen.drawn:
             lines = [Line(each.cell, each.record, self._shown - each.job.began) for each in live]
-            used = sum(len(job.taken.numbers) for job in running)
+            used = sum(len(job.lease.numbers) for job in running)
             far = f"{display.tally(self.outcomes.values())} | slots {used}/{self.count}"
             foot = f"{far} | {display.clock(self._shown - self.began)}"
             self.screen.draw(display.table(lines, foot, self.screen.height))
@@ -190,7 +188,7 @@ def _state(event: str, code: int) -> str:
 
 
 def _lines(job: Running, count: int) -> list[str]:
-    """The end of what it printed in this start."""
+    """Return the last lines that the job has printed in this start."""
     with open(job.entry.log, "rb") as file:
         file.seek(job.output)
         return file.read().decode("utf-8", errors="replace").splitlines()[-count:]

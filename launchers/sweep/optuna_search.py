@@ -12,14 +12,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gpt.config.cluster import ClusterKind
-from gpt.config.schema import Task
 from gpt.runs import run_dir
 from gpt.runs.grid import Cell, Folder, State
+from gpt.tasks import pretrain
 from gpt.utils.console import Console
-from gpt.utils.errors import UserError
+from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.signals import FAILED
-from launchers import driver
-from launchers.job import JobFailed
 from launchers.sweep import compose, display, launch, optuna_study
 from launchers.sweep.compose import Composer
 from launchers.sweep.local_runner import Live, Runner
@@ -47,7 +45,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
     base = compose.cell(composer, fixed, [], outputs)
     if problems := _problems(base):
         raise UserError.of(problems)
-    driver.prepared(base.config, console)
+    pretrain.prepare_data(base.config, console)
     folder = Folder(outputs / "grids" / (master.grid.name or launch.name(arguments)))
     kept = [override for override in fixed if not override.startswith(OF_THE_SEARCH)]
     trials = Study(folder.path, space, base.config.optuna)
@@ -76,7 +74,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
 
 def _problems(base: Cell) -> list[str]:
     found = []
-    if base.config.task is not Task.pretrain:
+    if not base.trains:
         found.append(f"hparams=optuna searches for a low validation loss; task={base.config.task.value} has none")
     if base.config.cluster.kind is not ClusterKind.local:
         kind = base.config.cluster.kind.value

@@ -11,18 +11,18 @@ import sys
 from pathlib import Path
 
 from gpt.runs.grid import Cell
+from gpt.utils.launch_env import WorkerEnv
 from gpt.utils.signals import die_with_parent
 from launchers import driver, exit_codes
-from launchers.sweep.pool import PARENT
-from launchers.sweep.slots import CORES
 
 
 def main() -> None:
-    """Run it."""
-    if parent := os.environ.pop(PARENT, ""):  # a pool: whatever ends it ends us, kindly
-        die_with_parent(int(parent))
-    if cores := os.environ.pop(CORES, ""):
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    """Run the cell in the file of the first argument."""
+    settings = WorkerEnv.from_env(os.environ)
+    if settings.parent:  # a pool: whatever ends it ends us, and the ranks save
+        die_with_parent(settings.parent)
+    if settings.cores:
+        os.sched_setaffinity(0, settings.cores)
     exit_codes.run(_command)
 
 

@@ -21,11 +21,10 @@ from gpt.config.cluster import Cluster, ClusterKind
 from gpt.config.schema import Resume
 from gpt.runs.grid import STOPPED, Cell, Folder, State
 from gpt.utils.console import Console
-from gpt.utils.errors import UserError
+from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.files import Lock, short
 from gpt.utils.signals import FAILED
 from launchers import slurm
-from launchers.job import JobFailed
 from launchers.outcome import SHOWN_LINES
 from launchers.slurm import Batch
 from launchers.sweep.display import CellOutcome

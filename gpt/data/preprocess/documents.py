@@ -1,4 +1,4 @@
-"""Bytes to documents: where one ends, and what is wrong with it."""
+"""Split the bytes of an input file into documents, and documents into sentences."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from itertools import pairwise
 from typing import BinaryIO
 
 from gpt.config.task_schemas import DocumentRule, Prepare, Sentences, TextFormat
-from gpt.data.corpus import PIECE_BYTES, at_character
 from gpt.data.preprocess.inputs import Source
 
+PIECE_BYTES = 64 * 1024  # a longer file becomes several documents, so that it can be split and streamed
 LONGEST = 16 << 20  # bytes; bounds the memory of a worker. A longer JSON line is bad, a longer text is divided.
 
 
 @dataclass(frozen=True)
 class Record:
-    """A document as found: its bytes, or why there are none. ``line`` counts from 1 (rows of a parquet file too)."""
+    """The bytes of a document, or why there are none. ``line`` counts from 1 (rows of a parquet file too)."""
 
     line: int
     raw: bytes | None
@@ -26,8 +26,8 @@ class Record:
     why: str = ""
 
 
-def separates(settings: Prepare) -> Callable[[bytes], bool]:
-    """Whether a line of text stands between two documents."""
+def separator_test(settings: Prepare) -> Callable[[bytes], bool]:
+    """Return a test for lines that stand between two documents."""
     if settings.document is DocumentRule.regex:
         pattern = re.compile(str(settings.separator).encode())
         return lambda line: pattern.search(line.rstrip(b"\r\n")) is not None
@@ -35,43 +35,50 @@ def separates(settings: Prepare) -> Callable[[bytes], bool]:
 
 
 def by_lines(source: Source, settings: Prepare) -> bool:
-    """Whether documents end at line ends that can be found from anywhere in the file."""
+    """Return whether documents end at line ends, which can be located from anywhere in the file."""
     rules = (DocumentRule.line, DocumentRule.blank_line, DocumentRule.regex)
     return source.format is TextFormat.jsonl or (source.format is TextFormat.text and settings.document in rules)
 
 
-def cut(file: BinaryIO, position: int, source: Source, settings: Prepare) -> int:
-    """The first byte at or after ``position`` (but for 0) at which a document may begin."""
+def next_start(file: BinaryIO, position: int, source: Source, settings: Prepare) -> int:
+    """Return the first byte at or after ``position`` (but for 0) at which a document may begin."""
     if position <= 0:
         return 0
     file.seek(position - 1)
     _skip_line(file)
     if source.format is TextFormat.text and settings.document is not DocumentRule.line:
-        between = separates(settings)
+        is_separator = separator_test(settings)
         while line := _line(file)[0]:
-            if between(line):
+            if is_separator(line):
                 break
     return file.tell()
 
 
-def records(file: BinaryIO, source: Source, settings: Prepare, end: int | None = None) -> Iterator[Record]:
-    """Documents from where ``file`` stands to its end, or to byte ``end``, which ``cut`` gave."""
+def records(
+    file: BinaryIO, source: Source, settings: Prepare, end: int | None = None, piece_bytes: int = PIECE_BYTES
+) -> Iterator[Record]:
+    """Yield documents from the position of ``file`` to its end, or to byte ``end``, a value of ``next_start``."""
     if source.format is TextFormat.jsonl or settings.document is DocumentRule.line:
-        for number, (line, whole) in enumerate(_lines(file, end), start=1):
+        number = 0
+        while end is None or file.tell() < end:
+            line, whole = _line(file)
+            if not line:
+                return
+            number += 1
             if whole:
                 yield Record(number, line)
             else:
                 yield Record(number, None, why=f"a line of more than {LONGEST >> 20} MiB")
     elif settings.document is DocumentRule.file:
-        yield from _pieces(file)
+        yield from pieces(file, piece_bytes)
     elif settings.document is DocumentRule.literal:
         yield from _between(file, str(settings.separator).encode())
     else:
-        yield from _paragraphs(file, end, separates(settings))
+        yield from _paragraphs(file, end, separator_test(settings))
 
 
-def text_of(raw: bytes, source: Source, settings: Prepare) -> tuple[str, str]:
-    """The text of a record and "", or "" and what is wrong with it."""
+def text_of(raw: bytes, source: Source, settings: Prepare, *, allow_nul: bool = False) -> tuple[str, str]:
+    """Return the text of a record and "", or "" and what is wrong with it."""
     try:
         if source.format is TextFormat.jsonl:
             row = json.loads(raw)
@@ -89,11 +96,25 @@ def text_of(raw: bytes, source: Source, settings: Prepare) -> tuple[str, str]:
         return "", "not UTF-8"
     except (ValueError, RecursionError):
         return "", "not JSON"
-    return ("", "NUL bytes") if "\0" in text else (text, "")
+    return ("", "NUL bytes") if "\0" in text and not allow_nul else (text, "")
+
+
+def at_character(raw: bytes, *, final: bool) -> tuple[bytes, bytes]:
+    """Cut before an unfinished UTF-8 character at the end."""
+    if final:
+        return raw, b""
+    for back in range(1, min(4, len(raw)) + 1):
+        byte = raw[-back]
+        if byte < 0x80:
+            break
+        if byte >= 0xC0:  # a lead byte: complete if as many bytes follow as it announces
+            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return (raw, b"") if back >= needed else (raw[:-back], raw[-back:])
+    return raw, b""
 
 
 def _line(file: BinaryIO) -> tuple[bytes, bool]:
-    """The next line, and whether it is whole: of a longer one than ``LONGEST`` only the beginning."""
+    """Return the next line and whether it is whole; of a line longer than ``LONGEST`` only the beginning."""
     line = file.readline(LONGEST)
     if len(line) < LONGEST or line.endswith(b"\n"):
         return line, True
@@ -101,7 +122,7 @@ def _line(file: BinaryIO) -> tuple[bytes, bool]:
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """To the next line; how many bytes that were."""
+    """Skip to the next line and return the number of bytes skipped."""
     skipped = 0
     while part := file.readline(1 << 20):
         skipped += len(part)
@@ -110,15 +131,7 @@ def _skip_line(file: BinaryIO) -> int:
     return skipped
 
 
-def _lines(file: BinaryIO, end: int | None) -> Iterator[tuple[bytes, bool]]:
-    while end is None or file.tell() < end:
-        line, whole = _line(file)
-        if not line:
-            return
-        yield line, whole
-
-
-def _paragraphs(file: BinaryIO, end: int | None, between: Callable[[bytes], bool]) -> Iterator[Record]:
+def _paragraphs(file: BinaryIO, end: int | None, is_separator: Callable[[bytes], bool]) -> Iterator[Record]:
     kept: list[bytes] = []
     size, first, number = 0, 1, 0
     while end is None or file.tell() < end:
@@ -126,7 +139,7 @@ def _paragraphs(file: BinaryIO, end: int | None, between: Callable[[bytes], bool
         if not line:
             break
         begins = not kept or kept[-1].endswith(b"\n")
-        if begins and line.endswith(b"\n") and between(line):
+        if begins and line.endswith(b"\n") and is_separator(line):
             if kept:
                 yield Record(first, b"".join(kept))
             kept, size = [], 0
@@ -143,13 +156,13 @@ def _paragraphs(file: BinaryIO, end: int | None, between: Callable[[bytes], bool
         yield Record(first, b"".join(kept))
 
 
-def _pieces(file: BinaryIO) -> Iterator[Record]:
-    """A whole file as one document, in pieces that end at a line if they can."""
+def pieces(file: BinaryIO, size: int) -> Iterator[Record]:
+    """Yield a whole file as one document, in pieces of about ``size`` bytes that end at a line if they can."""
     carry, first = b"", 1
     kept: Record | None = None
     while True:
-        raw = file.read(PIECE_BYTES)
-        raw += file.readline(PIECE_BYTES) if raw else b""
+        raw = file.read(size)
+        raw += file.readline(size) if raw else b""
         whole, carry = at_character(carry + raw, final=not raw)
         if whole:
             if kept:
@@ -162,7 +175,7 @@ def _pieces(file: BinaryIO) -> Iterator[Record]:
 
 
 def _between(file: BinaryIO, separator: bytes) -> Iterator[Record]:
-    """Texts between occurrences of a separator, which may stand anywhere."""
+    """Yield the texts between occurrences of a separator, which may stand anywhere."""
     buffer, first = b"", 1
     while block := file.read(1 << 20):
         *whole, buffer = (buffer + block).split(separator)
@@ -178,49 +191,33 @@ def _between(file: BinaryIO, separator: bytes) -> Iterator[Record]:
         yield Record(first, buffer)
 
 
-# Documents to sentences; joined they are the document again.
-
-Divide = Callable[[str], list[str]]
-
-
-def divider(settings: Prepare) -> Divide:
-    """The rule of ``prepare.sentences``.
+def sentence_splitter(settings: Prepare) -> Callable[[str], list[str]]:
+    """Return the rule of ``prepare.sentences``: text to sentences, which joined are the text again.
 
     Raises:
         ImportError: ``punkt`` needs nltk.
         LookupError: nltk has no model of the language.
-
-    Example:
-        >>> lines("a\\nb")
-        ['a\\n', 'b']
     """
-    if settings.sentences is Sentences.punkt:
-        return _punkt(settings.language)
-    return lines if settings.sentences is Sentences.line else lambda text: [text]
-
-
-def lines(text: str) -> list[str]:
-    """With their ends."""
-    return re.findall(r"[^\n]*\n|[^\n]+", text)
-
-
-def _punkt(language: str) -> Divide:
-    """Kiss and Strunk, 2006, as nltk has it; what stands between two sentences goes with the first."""
+    if settings.sentences is Sentences.none:
+        return lambda text: [text]
+    if settings.sentences is Sentences.line:
+        return lambda text: re.findall(r"[^\n]*\n|[^\n]+", text)
     from nltk.tokenize import PunktTokenizer
 
-    splitter = PunktTokenizer(language)
+    splitter = PunktTokenizer(settings.language)
 
-    def divide(text: str) -> list[str]:
+    def punkt(text: str) -> list[str]:
+        """Kiss and Strunk, 2006, as nltk has it; what stands between two sentences goes with the first."""
         begins = [begin for begin, _ in splitter.span_tokenize(text)][1:]
         return [text[a:b] for a, b in pairwise([0, *begins, len(text)])]
 
-    return divide
+    return punkt
 
 
-def problems(settings: Prepare) -> list[str]:
-    """Why the rule cannot be used here, with the remedy."""
+def sentence_problems(settings: Prepare) -> list[str]:
+    """Return why the rule of ``prepare.sentences`` cannot be used here, with the remedy."""
     try:
-        divider(settings)
+        sentence_splitter(settings)
     except ImportError:
         return ["prepare.sentences=punkt needs the package nltk: pip install 'gpt-runner[sentences]'"]
     except LookupError:

@@ -1,4 +1,4 @@
-"""What ``prepare.input`` names, and its bytes: plain, .gz, .zst, or standard input."""
+"""Resolve ``prepare.input`` to files, and read their bytes: plain, .gz, .zst, or standard input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKED = (".gz", ".zst")
 
 @dataclass(frozen=True)
 class Source:
-    """A file (or ``-``) as it was when it was found."""
+    """A file (or ``-`` for standard input) and its state when it was listed."""
 
     path: str
     format: TextFormat
@@ -35,11 +35,11 @@ class Source:
     changed: int  # nanoseconds
 
     def plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the JSON form."""
         return {**asdict(self), "format": self.format.value}
 
     def open(self) -> tuple[BinaryIO, BinaryIO]:
-        """Its text as bytes, and the file under it, whose position is the progress."""
+        """Open the text as bytes, and the file under it, whose position is the progress."""
         if self.path == STDIN:
             return sys.stdin.buffer, sys.stdin.buffer
         raw = open(self.path, "rb")  # noqa: SIM115
@@ -51,7 +51,7 @@ class Source:
 
 
 class _Zst(io.RawIOBase):
-    """The frames of a .zst file one after the other; unlike the library it says when the last is cut short."""
+    """Reader of the frames of a .zst file; unlike the library's it raises if the last is cut short."""
 
     def __init__(self, packed: BinaryIO) -> None:
         import zstandard
@@ -63,15 +63,11 @@ class _Zst(io.RawIOBase):
         self._text = b""
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def readinto(self, into: Any) -> int:
-        """Some bytes of text.
-
-        Raises:
-            EOFError: the file ends within a frame.
-        """
+        """Read some bytes of text; raise EOFError if the file ends within a frame."""
         while not self._text:
             packed = self._rest or self._packed.read(1 << 17)
             if not packed and self._frame:
@@ -88,21 +84,21 @@ class _Zst(io.RawIOBase):
 
 
 def find(settings: Prepare) -> tuple[list[Source], list[str]]:
-    """All sources in the order in which they are read, and what is wrong with them.
+    """Return all sources in the order in which they are read, and what is wrong with them.
 
-    Folders and globs are gone through by name; a file that is named twice is read once.
+    Folders and globs are listed by name; a file that is named twice is read once.
     """
     named = [settings.input] if isinstance(settings.input, str) else list(settings.input or [])
-    found: dict[str, Source] = {}
+    by_path: dict[str, Source] = {}
     problems = []
     for name in named:
         try:
             paths = _paths(str(name))
             for path in paths:
-                found.setdefault(path, _source(path, settings.format))
+                by_path.setdefault(path, _source(path, settings.format))
         except (UserError, OSError) as error:
             problems.append(f"prepare.input: {error}")
-    sources = list(found.values())
+    sources = list(by_path.values())
     problems += _missing_packages(sources)
     if any(s.path == STDIN for s in sources) and len(sources) > 1:
         problems.append("prepare.input: - (standard input) goes alone")
@@ -127,7 +123,7 @@ def _paths(name: str) -> list[str]:
 
 
 def ending_of(path: Path) -> tuple[str, str]:
-    """What says the format, and how it is packed.
+    """Return the ending that says the format, and the one that says the compression.
 
     Example:
         >>> ending_of(Path("a.jsonl.gz"))
@@ -146,7 +142,7 @@ def _source(path: str, wanted: TextFormat) -> Source:
         raise UserError(
             f"{path}: what is {ending or 'a file without ending'}? say prepare.format=text, jsonl or parquet"
         )
-    with open(path, "rb"):  # unreadable is found now
+    with open(path, "rb"):  # raises if it is unreadable
         stat = Path(path).stat()
     return Source(path, form, packing, stat.st_size, stat.st_mtime_ns)
 

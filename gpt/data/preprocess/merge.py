@@ -1,4 +1,4 @@
-"""Finished chunks to one set or two: order, duplicates, validation; tokens are copied document by document."""
+"""Merge finished chunks into one set or two: order, duplicates, validation split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gpt.data.preprocess.encode import Setup
+from gpt.data.preprocess.encode import PreprocessPlan
 from gpt.data.sampler import permute
 from gpt.data.token_files import write_header
 from gpt.data.tokenizer import Encoder
@@ -22,7 +22,7 @@ OPEN_FILES = 64
 
 
 class _Tables:
-    """Of all chunks, per document: 16 bytes of hash, text bytes, sentences, tokens; per chunk: its first document."""
+    """Tables over all chunks: hash, text bytes, sentences and tokens of each document; first document of each chunk."""
 
     def __init__(self, folder: Path, count: int, limit: int | None) -> None:
         lens, docs, sizes, hashes = [], [], [], []
@@ -47,7 +47,7 @@ class _Tables:
 
 
 def first_of_each(hashes: Array) -> Array:
-    """Whether a row of [N, 2] is the first of its kind."""
+    """Return which rows of [N, 2] are the first of their kind."""
     # A stable order by both halves puts equal rows together, the earliest first.
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     same = np.zeros(len(order), dtype=bool)
@@ -57,35 +57,31 @@ def first_of_each(hashes: Array) -> Array:
     return kept
 
 
-def join(setup: Setup, count: int, encoder: Encoder, seed: int) -> dict[str, dict[str, Any]]:
-    """Write ``_ids.npy`` and ``_idx.npz`` of the set and of ``_val`` into the work folder.
-
-    Returns:
-        What the manifest says of each.
-    """
-    settings = setup.settings
-    tables = _Tables(setup.folder, count, settings.limit)
+def merge(plan: PreprocessPlan, count: int, encoder: Encoder, seed: int) -> dict[str, dict[str, Any]]:
+    """Write ``_ids.npy`` and ``_idx.npz`` of the set and of ``_val`` into the work folder; return figures of each."""
+    settings = plan.settings
+    tables = _Tables(plan.folder, count, settings.limit)
     n = tables.documents
     keep = first_of_each(tables.hashes[:n]) if settings.dedup else np.ones(n, dtype=bool)
     # A share of all 64-bit numbers: the same text is always on the same side.
     held_out = tables.hashes[:n, 0] < np.uint64(int(settings.val_share * 2**64))
-    made = {}
+    figures = {}
     for ending, side in (("", ~held_out), (VAL, held_out)):
         chosen = keep & side
         order = np.flatnonzero(chosen)
         if settings.shuffle:
-            everywhere = permute(np.arange(n), n, seed, 0) if n else order
-            order = everywhere[chosen[everywhere]]
-        made[ending] = _write(setup, tables, order, encoder, ending)
-        made[ending]["duplicates"] = int((side & ~keep).sum())
-    return made
+            permuted = permute(np.arange(n), n, seed, 0) if n else order
+            order = permuted[chosen[permuted]]
+        figures[ending] = _write(plan, tables, order, encoder, ending)
+        figures[ending]["duplicates"] = int((side & ~keep).sum())
+    return figures
 
 
-def _write(setup: Setup, tables: _Tables, order: Array, encoder: Encoder, ending: str) -> dict[str, Any]:
+def _write(plan: PreprocessPlan, tables: _Tables, order: Array, encoder: Encoder, ending: str) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if encoder.vocab <= 1 << 16 else np.int32)
     counts = np.zeros(encoder.vocab, dtype=np.int64)
-    files = _Files(setup.folder)
-    ids_path, idx_path = (setup.folder / f"{ending}{name}" for name in FILES)
+    files = _Files(plan.folder)
+    ids_path, idx_path = (plan.folder / f"{ending}{name}" for name in FILES)
     try:
         with open(ids_path, "w+b") as out:
             write_header(out, dtype, 0)
@@ -125,7 +121,7 @@ def _write(setup: Setup, tables: _Tables, order: Array, encoder: Encoder, ending
 
 
 def _flush(out: BinaryIO, rows: list[bytes], dtype: np.dtype[Any], counts: Array) -> list[bytes]:
-    """Write the rows and count their tokens; returns an empty list to go on with."""
+    """Write the rows, count their tokens and return an empty list for the next ones."""
     joined = b"".join(rows)
     counts += np.bincount(np.frombuffer(joined, dtype), minlength=len(counts))
     out.write(joined)
@@ -140,7 +136,7 @@ class _Files:
         self._open: dict[int, BinaryIO] = {}
 
     def read(self, number: int, first: int, size: int) -> bytes:
-        """``size`` bytes of chunk ``number`` from byte ``first``."""
+        """Return ``size`` bytes of chunk ``number`` from byte ``first``."""
         if number not in self._open:
             if len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
@@ -148,6 +144,6 @@ class _Files:
         return os.pread(self._open[number].fileno(), size, first)
 
     def close(self) -> None:
-        """All of them."""
+        """Close all files."""
         for file in self._open.values():
             file.close()

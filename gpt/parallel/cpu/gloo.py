@@ -1,14 +1,14 @@
-"""Makes Gloo speak what Fleet calls: the one CPU adapter, imported only by ranks of a job on CPUs.
+"""CPU adapter of Fleet: the Gloo collectives that it calls, imported only by ranks of a job on CPUs.
 
-Fleet's layers and schedules are written for accelerators. What they miss on a CPU of Paddle 3.3, and find here:
+Fleet's layers and schedules are written for accelerators. Missing on a CPU of Paddle 3.3, and added here:
 
-- groups that do not mix up their addresses: every Gloo group announces itself in its store under its bare rank, so
-  groups that share a store read one another's addresses; here each has a store of its own;
-- patience: Gloo gives up on a rank that is 30 seconds late, which one that writes a checkpoint may be; here ranks
-  first meet at a gate that waits (``gpt.parallel.cpu.sockets``);
-- the ``*_on_calc_stream`` verbs: a CPU has no stream, so the synchronous verbs are them;
-- sends that do not wait: 1F1B lets both neighbours send before either receives, and Gloo's send waits for the
-  receiver; here each direction of each neighbouring pair of stages is a socket with a thread that sends copies;
+- a store per group: every Gloo group announces itself in its store under its bare rank, so groups that share a store
+  read one another's addresses;
+- no timeout: Gloo fails if a rank is 30 seconds late, for instance one that writes a checkpoint; here ranks first
+  meet at a barrier (``gpt.parallel.cpu.sockets``);
+- the ``*_on_calc_stream`` methods: a CPU has no stream, so they are the synchronous methods;
+- asynchronous sends: 1F1B lets both neighbours send before either receives, and Gloo's send waits for the receiver;
+  here each direction of each neighbouring pair of stages is a socket with a thread that sends copies;
 - the mpu operations without a CPU kernel.
 """
 
@@ -36,7 +36,7 @@ _stores: list[Any] = []  # they must outlive the groups
 
 
 def prepare() -> None:
-    """Before Fleet starts: how groups are made, and operations with a CPU kernel."""
+    """Replace, before Fleet starts, how groups are made, and operations without a CPU kernel."""
     dist.ParallelEnv._device_id = 0  # the pipeline layer asks for it, and a CPU build does not set it
     collective._new_process_group_impl = _new_group
     parallel._new_process_group_impl = _new_group
@@ -48,7 +48,7 @@ def prepare() -> None:
 
 
 def link(hcg: Any, *, ring: bool) -> None:
-    """After Fleet has started: links between neighbouring stages; ``ring`` also from the last to the first."""
+    """Link neighbouring pipeline stages, after Fleet has started; with ``ring`` also the last and the first."""
     group = hcg.get_pipe_parallel_group()
     if group.nranks == 1:
         return
@@ -62,21 +62,21 @@ def link(hcg: Any, *, ring: bool) -> None:
 def _new_group(
     backend: str, store: Any, rank: int, world_size: int, group_name: str, pg_options: Any, group_id: int = 0, **_: Any
 ) -> _Group:
-    """In place of Paddle's: a Gloo group with a store of its own, made when all its ranks are there."""
+    """Replaces Paddle's function: make a Gloo group with its own store, when all its ranks have arrived."""
     name = f"gpt/group/{group_id}"
-    gate = sockets.SocketBarrier(store, f"{name}/gate", rank, world_size)
+    barrier = sockets.SocketBarrier(store, f"{name}/gate", rank, world_size)
     own = _store(store, name, rank)
-    gate.enter()
+    barrier.enter()
     _stores.append(own)
-    return _Group(core.ProcessGroupGloo.create(own, rank, world_size, group_id), gate)
+    return _Group(core.ProcessGroupGloo.create(own, rank, world_size, group_id), barrier)
 
 
 def _store(meeting_point: Any, key: str, rank: int) -> Any:
-    """A store that the first rank of a group serves and whose address the others find under ``key``.
+    """Return a store that the first rank of a group serves and whose address the others look up under ``key``.
 
     The port stays bound by a socket that does not listen until the server does (both may reuse the address), so no
-    other process gets it in between; a server whose port is taken aborts the process. The store is told to wait for
-    nobody (0 workers), so it is there before its address is given away.
+    other process gets it in between; a server whose port is taken aborts the process. With 0 workers the store waits
+    for no rank, so it exists before its address is published.
     """
     if rank == 0:
         host = sockets.own_host()
@@ -92,7 +92,7 @@ def _store(meeting_point: Any, key: str, rank: int) -> Any:
 
 
 class _Done:
-    """A task that is over, as Paddle's callers expect one."""
+    """A completed task, as Paddle's callers expect one."""
 
     def wait(self, *timeout: Any) -> bool:
         return True
@@ -101,7 +101,7 @@ class _Done:
         return True
 
     def synchronize(self) -> None:
-        """Nothing is under way."""
+        """Return at once."""
 
 
 COLLECTIVES = frozenset(
@@ -110,24 +110,24 @@ COLLECTIVES = frozenset(
 
 
 class _Group:
-    """A Gloo process group with the verbs that Fleet uses on accelerators, behind a gate."""
+    """A Gloo process group with the methods that Fleet uses on accelerators, behind a barrier."""
 
-    def __init__(self, raw: Any, gate: sockets.SocketBarrier) -> None:
-        self._raw, self._gate = raw, gate
+    def __init__(self, raw: Any, barrier: sockets.SocketBarrier) -> None:
+        self._raw, self._barrier = raw, barrier
         self.outgoing: dict[int, sockets.Sender] = {}  # by rank in this group; for pipelines only
         self.incoming: dict[int, sockets.Receiver] = {}
         self._postponed: list[tuple[Tensor, int]] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        verb = getattr(self._raw, name)
-        return partial(self._together, verb) if name in COLLECTIVES else verb
+        method = getattr(self._raw, name)
+        return partial(self._after_barrier, method) if name in COLLECTIVES else method
 
-    def _together(self, verb: Callable[..., Any], *arguments: Any) -> Any:
-        self._gate.enter()
-        return verb(*arguments)
+    def _after_barrier(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        self._barrier.enter()
+        return method(*arguments)
 
     def _start_coalescing(self) -> None:
-        """What follows counts as one: all sends are under way before the first receive waits."""
+        """Postpone receives to the end of the batch, so that all sends are pending before the first receive waits."""
         self._postponed = []
 
     def _end_coalescing(self, tasks: Any = None) -> None:
@@ -171,7 +171,7 @@ def _reduce(tensor: Tensor, op: Any, group: Any) -> Tensor:
 
 
 class _Identity(PyLayer):  # type: ignore[misc]
-    """A replicated input of split weights: its gradients add up."""
+    """The identity on a replicated input of split weights; sums its gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -184,7 +184,7 @@ class _Identity(PyLayer):  # type: ignore[misc]
 
 
 class _AllReduce(PyLayer):  # type: ignore[misc]
-    """Partial outputs of split weights add up: their gradient is replicated."""
+    """Sums partial outputs of split weights; their gradient is replicated."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -196,7 +196,7 @@ class _AllReduce(PyLayer):  # type: ignore[misc]
 
 
 class _CrossEntropy(PyLayer):  # type: ignore[misc]
-    """Over a vocabulary whose columns are shared out: the maximum, the sum and the label's logit are exchanged."""
+    """Cross entropy over a split vocabulary: reduces the maximum, the sum and the label's logit."""
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, labels_M1: Tensor, group: Any) -> Tensor:
@@ -206,17 +206,17 @@ class _CrossEntropy(PyLayer):  # type: ignore[misc]
         exps = shifted.exp()
         total = _reduce(exps.sum(-1, keepdim=True), dist.ReduceOp.SUM, group)
         local = labels_M1 - group.rank * columns
-        here = paddle.logical_and(local >= 0, local < columns)
-        local = paddle.where(here, local, paddle.zeros_like(local))
-        here = here.astype(logits_MV.dtype)
-        label = _reduce(paddle.take_along_axis(shifted, local, -1) * here, dist.ReduceOp.SUM, group)
-        ctx.save_for_backward(exps / total, local, here)
+        is_local = paddle.logical_and(local >= 0, local < columns)
+        local = paddle.where(is_local, local, paddle.zeros_like(local))
+        is_local = is_local.astype(logits_MV.dtype)
+        label = _reduce(paddle.take_along_axis(shifted, local, -1) * is_local, dist.ReduceOp.SUM, group)
+        ctx.save_for_backward(exps / total, local, is_local)
         return total.log() - label
 
     @staticmethod
     def backward(ctx: Any, grad_M1: Tensor) -> tuple[Tensor, None]:
-        probability, local, here = ctx.saved_tensor()
-        one_hot = paddle.nn.functional.one_hot(local.squeeze(-1), probability.shape[-1]) * here
+        probability, local, is_local = ctx.saved_tensor()
+        one_hot = paddle.nn.functional.one_hot(local.squeeze(-1), probability.shape[-1]) * is_local
         return (probability - one_hot) * grad_M1, None
 
 
@@ -242,7 +242,7 @@ def _cross_entropy(
 
 
 def _gather_rows(x: Tensor) -> Tensor:
-    """All mp ranks' rows, one rank's after the other's."""
+    """Gather the rows of all mp ranks, in their order."""
     group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
     out = paddle.empty([x.shape[0] * group.nranks, *x.shape[1:]], x.dtype)
     group.process_group.all_gather_into_tensor_on_calc_stream(out, x.contiguous())
@@ -250,6 +250,6 @@ def _gather_rows(x: Tensor) -> Tensor:
 
 
 def _reduce_scatter_rows(x: Tensor) -> Tensor:
-    """This mp rank's rows of the sum: Gloo has no reduce-scatter."""
+    """Return this mp rank's rows of the sum: Gloo has no reduce-scatter."""
     group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
     return paddle.split(_reduce(x.clone(), dist.ReduceOp.SUM, group), group.nranks)[group.rank]

@@ -1,8 +1,8 @@
-"""What the semi-auto engine misses on a CPU of Paddle 3.3: the second half of ``gpt.parallel.cpu.gloo``.
+"""CPU adapter of the semi-auto engine of Paddle 3.3; imported only by its ranks on CPUs.
 
 - Communicators: the engine makes one per axis of a mesh when it first needs it, all over one store, where Gloo's
-  addresses of different groups mix up; here each is made beforehand over a store of its own. The static engine makes
-  none at all on a CPU.
+  addresses of different groups are mixed up; here each is made beforehand over its own store. The static engine
+  makes none at all on a CPU.
 - Reduce-scatter, which has no kernel: an all-reduce, of which each rank keeps its part.
 """
 
@@ -24,7 +24,7 @@ _reshard = api.reshard
 
 
 def prepare(mesh: Any, rank: int) -> None:
-    """Before the first tensor is placed on ``mesh``."""
+    """Make the communicators of ``mesh`` and replace missing operations, before the first distributed tensor."""
     api.reshard = _reshard_without_scatter
     process_group.ProcessGroup.instantiate = _instantiate
     paddle.set_flags({"FLAGS_new_executor_sequential_run": True})  # ranks must meet in the same order everywhere
@@ -37,20 +37,20 @@ def prepare(mesh: Any, rank: int) -> None:
 
 
 def _communicator(name: str, kind: str, ranks: list[int], rank: int) -> None:
-    """A Gloo communicator that the engine finds under ``name``, which may differ by rank, made when all are there."""
+    """Make a Gloo communicator for the engine under ``name``, which may differ by rank, when all ranks have arrived."""
     key = f"gpt/auto/{kind}/{'/'.join(map(str, ranks))}"
-    gate = sockets.SocketBarrier(collective._default_store, f"{key}/gate", ranks.index(rank), len(ranks))
+    barrier = sockets.SocketBarrier(collective._default_store, f"{key}/gate", ranks.index(rank), len(ranks))
     store = _store(collective._default_store, key, ranks.index(rank))
-    gate.enter()
-    gate.close()
+    barrier.enter()
+    barrier.close()
     _stores.append(store)
     core.CommContextManager.create_gloo_comm_context(store, name, ranks.index(rank), len(ranks))
 
 
 def _instantiate(group: Any) -> None:
-    """In place of ``ProcessGroup.instantiate`` of the static engine: makes all that wait, in an order all ranks share.
+    """Replaces ``ProcessGroup.instantiate`` of the static engine: make all waiting groups, in one order on all ranks.
 
-    Group 0, of all ranks, is there already.
+    Group 0, of all ranks, exists already.
     """
     rank = dist.get_rank()
     for each in sorted(process_group.get_all_process_groups(), key=lambda each: list(each.ranks)):
@@ -60,7 +60,7 @@ def _instantiate(group: Any) -> None:
 
 
 def _reshard_without_scatter(tensor: Any, mesh: Any, placements: list[Any]) -> Any:
-    """``dist.reshard`` from partial sums to parts, by way of whole sums."""
+    """``dist.reshard`` from partial sums to shards by way of full sums."""
     between = list(placements)
     for axis, (now, then) in enumerate(zip(tensor.placements, placements, strict=True)):
         if now.is_partial() and then.is_shard():

@@ -1,6 +1,6 @@
-"""Plain sockets between ranks on CPUs: a gate where a group meets, and links that carry arrays in order.
+"""Plain sockets between ranks on CPUs: a barrier of a group, and links that transfer arrays in order.
 
-Unlike Gloo they wait for as long as it takes, and a rank that has ended is noticed at once: its sockets close.
+Unlike Gloo they have no timeout, and the end of a rank is noticed at once: its sockets close.
 Addresses are exchanged through Paddle's default store.
 """
 
@@ -17,12 +17,12 @@ Address = tuple[str, int]
 
 
 def own_host() -> str:
-    """The address under which the other ranks know this one."""
+    """Return the address under which the other ranks reach this one."""
     return os.environ["PADDLE_CURRENT_ENDPOINT"].rsplit(":", 1)[0]
 
 
 def publish(store: Any, key: str, address: Address) -> None:
-    """Let others find an address."""
+    """Store an address for other ranks."""
     store.set(key, f"{address[0]}:{address[1]}".encode())
 
 
@@ -39,12 +39,12 @@ def _serve(store: Any, key: str) -> socket.socket:
 
 
 def _accept(server: socket.socket) -> tuple[socket.socket, int]:
-    """A connection, and who it is from."""
+    """Return a connection and the rank that it is from."""
     connection, _ = server.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    who = bytearray(4)
-    _fill(connection, memoryview(who))
-    return connection, int.from_bytes(who, "little")
+    rank = bytearray(4)
+    _fill(connection, memoryview(rank))
+    return connection, int.from_bytes(rank, "little")
 
 
 def _connect(store: Any, key: str, me: int) -> socket.socket:
@@ -55,7 +55,7 @@ def _connect(store: Any, key: str, me: int) -> socket.socket:
 
 
 def _fill(connection: socket.socket, memory: memoryview) -> None:
-    """Receive exactly as much as fits.
+    """Receive as many bytes as ``memory`` has.
 
     Raises:
         ConnectionError: the other side has ended.
@@ -64,16 +64,16 @@ def _fill(connection: socket.socket, memory: memoryview) -> None:
     while done < len(memory):
         count = connection.recv_into(memory[done:])
         if count == 0:
-            raise ConnectionError("a rank that this one works with has ended")
+            raise ConnectionError("the connection to a peer rank was lost")
         done += count
 
 
 class SocketBarrier:
-    """Lets the ranks of a group go on together: each tells the first one that it is there, which lets all go.
+    """Barrier of a group: each rank sends a byte to the first, which answers when it has all.
 
     Args:
         store: where addresses are exchanged.
-        key: of this gate.
+        key: of this barrier.
         rank: in the group.
         size: of the group.
     """
@@ -88,7 +88,7 @@ class SocketBarrier:
         self._token = bytearray(1)
 
     def enter(self) -> None:
-        """Return when every rank of the group has called it.
+        """Wait until every rank of the group has entered.
 
         Raises:
             ConnectionError: a rank has ended.
@@ -103,13 +103,13 @@ class SocketBarrier:
             other.sendall(token)
 
     def close(self) -> None:
-        """Leave for good; the others hear of it when they next enter."""
+        """Close the connections; the next ``enter`` of others raises."""
         for connection in (*self._others, *filter(None, [self._first])):
             connection.close()
 
 
 class Sender:
-    """The sending end of a link: copies go out on a thread, in order, so ``send`` does not wait for the other side."""
+    """The sending end of a link: a thread sends copies in order, so ``send`` does not wait for the receiver."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -127,7 +127,7 @@ class Sender:
         self._last = self._thread.submit(self._connection.sendall, array.tobytes())
 
     def close(self) -> None:
-        """Send what is under way, and end."""
+        """Send what is pending, then close the link."""
         self._thread.shutdown()
         self._connection.close()
 
@@ -147,18 +147,18 @@ class Receiver:
         _fill(self._connection, into.reshape(-1).view("uint8").data)
 
     def close(self) -> None:
-        """End the link."""
+        """Close the link."""
         self._connection.close()
 
 
 def links(store: Any, name: str, me: int, peers: list[int]) -> tuple[dict[int, Sender], dict[int, Receiver]]:
-    """A link to and one from each of some peers, which do the same.
+    """Open a link to and one from each peer; all peers call it together.
 
     Args:
         store: where addresses are exchanged.
-        name: of the group that ``me`` and ``peers`` are numbers in.
+        name: of the group in which ``me`` and ``peers`` are ranks.
         me: this rank.
-        peers: the others.
+        peers: the ranks to link with.
     """
     with _serve(store, f"{name}/{me}") as server:
         outgoing = {peer: Sender(_connect(store, f"{name}/{peer}", me)) for peer in peers}

@@ -1,18 +1,18 @@
-"""Checkpoints that are whole or not there, free of topology, checked before they are used.
+"""Checkpoints: complete or absent, independent of topology, verified before use.
 
     checkpoints/step_00000020/
         model.safetensors        parameters by logical name, always float32 (the master weights where there are any)
         optimizer.safetensors    <parameter>.<slot>
-        index.json               of every array the whole shape, and which slices are in which file
+        index.json               of every array the global shape, and which shards are in which file
         state.json               step, tokens, loss scale, configuration, data, versions
         tokenizer.json           if the data has one; or tokenizer.model
         manifest.json            size and SHA-256 of each file above
 
-Of several ranks each writes the slices that it answers for: ``model-00003-of-00008.safetensors`` is rank 3's, and ranks
-that would repeat others have no file. Any number of ranks reads by slice what any other number wrote.
+Each rank writes its unique shards: ``model-00003-of-00008.safetensors`` is rank 3's, and ranks that would repeat others
+have no file. Any number of ranks reads by slice what any other number wrote.
 
-The ranks write into one folder under a temporary name (``saver``), flush it, and the first renames it; so a folder
-that has its name is complete, and one whose manifest does not hold has been damaged since.
+The ranks write into one folder under a temporary name (``saver``) and flush it, and rank 0 renames it; so a folder
+with its final name is complete, and one that does not match its manifest has been damaged since.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ KINDS = ("model", "optimizer")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found sound."""
+    """A verified checkpoint."""
 
     path: Path
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What is not an array."""
+        """Everything that is not an array."""
         state: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
         return state
 
@@ -66,7 +66,7 @@ class Checkpoint:
         return next(iter(self.path.glob("tokenizer.*")), None)
 
     def encoder(self) -> Encoder:
-        """The same at work.
+        """Open the checkpoint's tokenizer.
 
         Raises:
             UserError: there is none.
@@ -77,12 +77,12 @@ class Checkpoint:
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` is."""
+    """Return the folder of the checkpoint of ``step``."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def file_of(kind: str, rank: int, ranks: int) -> str:
-    """The file with a rank's slices of the ``model`` or the ``optimizer``.
+    """Return the name of the file with a rank's shards of the ``model`` or the ``optimizer``.
 
     Example:
         >>> file_of("model", 3, 8)
@@ -92,12 +92,12 @@ def file_of(kind: str, rank: int, ranks: int) -> str:
 
 
 def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with a checkpoint folder, or None: every file has the size and hash of the manifest.
+    """Return the problem of a checkpoint folder, or None if every file has the size and hash of the manifest.
 
     Args:
         path: of the folder.
-        share: which share of the files to read, the others are only looked at.
-        shares: how many there are.
+        share: the files to hash are split into ``shares``, of which this is the one to read.
+        shares: number of ranks that verify together.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -119,53 +119,48 @@ def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 
 def latest_valid(run_dir: Path, warn: Callable[[str], None], topology: Topology | None = None) -> Checkpoint | None:
-    """The newest sound checkpoint of a run, found by looking, or None.
+    """Return the newest valid checkpoint of a run, or None.
 
     Args:
         run_dir: of the run.
-        warn: told of each damaged one that is passed over.
-        topology: of this rank if all ranks ask at once: they share out the reading, and all find the same.
+        warn: called with a line for each damaged one that is skipped.
+        topology: of this rank, if all ranks call together: they split the reading, and get the same result.
     """
-    rank, ranks = (topology.rank, ranks_of(topology)) if topology else (0, 1)
-    for step in reversed(_together(topology, checkpoint_steps(run_dir))[0]):
+    for step in reversed(_all_gather_object(topology, checkpoint_steps(run_dir))[0]):
         path = folder_of(run_dir, step)
-        problems = _together(topology, verify(path, rank, ranks))
-        problem = next((p for p in problems if p), None)
+        problem = _verify_together(topology, path)
         if problem is None:
             return Checkpoint(path)
         warn(f"checkpoint {path.name} is damaged and passed over: {problem}")
     return None
 
 
-def ranks_of(topology: Topology) -> int:
-    """How many there are."""
-    return topology.replicas * topology.parallel.mp_degree * topology.parallel.pp_degree
+def _verify_together(topology: Topology | None, path: Path) -> str | None:
+    rank, ranks = (topology.rank, topology.world_size) if topology else (0, 1)
+    return next((problem for problem in _all_gather_object(topology, verify(path, rank, ranks)) if problem), None)
 
 
-def _together(topology: Topology | None, mine: Any) -> list[Any]:
-    """What each rank says."""
+def _all_gather_object(topology: Topology | None, own: Any) -> list[Any]:
     if topology is None or topology.hcg is None:
-        return [mine]
+        return [own]
     import paddle.distributed as dist
 
-    said: list[Any] = []
-    dist.all_gather_object(said, mine)
-    return said
+    objects: list[Any] = []
+    dist.all_gather_object(objects, own)
+    return objects
 
 
 def load_or_fail(source: Path, warn: Callable[[str], None], topology: Topology | None = None) -> Checkpoint:
-    """The newest sound checkpoint of a run, or the one that ``source`` is.
+    """Return the newest valid checkpoint of a run, or the one that ``source`` is.
 
     Raises:
         UserError: there is none.
     """
     if (source / "state.json").is_file():
-        rank, ranks = (topology.rank, ranks_of(topology)) if topology else (0, 1)
-        problem = next((p for p in _together(topology, verify(source, rank, ranks)) if p), None)
-        if problem:
+        if problem := _verify_together(topology, source):
             raise UserError(f"checkpoint {source} is damaged: {problem}")
         return Checkpoint(source)
-    found = latest_valid(source, warn, topology)
-    if found is None:
+    checkpoint = latest_valid(source, warn, topology)
+    if checkpoint is None:
         raise UserError(f"{source}: no sound checkpoint; train first (the same command without task=)")
-    return found
+    return checkpoint

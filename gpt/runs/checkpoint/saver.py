@@ -1,11 +1,11 @@
-"""Checkpoints are written here: in the background, by all ranks at once, and published by the first.
+"""Asynchronous checkpoint saver: all ranks write in the background, rank 0 publishes.
 
     checkpoints/.tmp-step_00000020/      until it is renamed
         model-00000-of-00002.safetensors ...
         rank-00001.json                  of each rank: locked while it writes; then its files' sizes, hashes and slices
 
-The ranks speak through these files only, since a thread must not enter a collective beside the training. A rank that
-fails writes why; one that dies lets go of its lock; so the first rank never waits for what cannot come.
+The ranks communicate through these files only, since a thread must not enter a collective beside the training. A rank
+that fails writes the error, one that dies releases its lock, so rank 0 never waits in vain.
 """
 
 from __future__ import annotations
@@ -30,55 +30,55 @@ from gpt.runs.run_dir import checkpoint_steps
 from gpt.utils.files import TEMPORARY, atomic_directory, remove_directory, remove_leftovers, sync_directory
 
 POLL_SECONDS = 0.05
-# For a rank that has left no file of its own, although all copy their state at the same step: its disk is gone.
+# Of a rank without a report, although all copy their state at the same step: its disk is gone.
 ABSENT_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class CheckpointShard:
-    """What one rank gives to a checkpoint."""
+    """One rank's part of a checkpoint."""
 
     step: int
     model: TensorShards
     optimizer: TensorShards
-    state: dict[str, Any]  # what is not an array, the same on all ranks
+    state: dict[str, Any]  # the same on all ranks
     tokenizer: Path | None = None
 
 
-def _report_of(folder: Path, rank: int) -> Path:
+def _report_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.json"
 
 
 def write_part(folder: Path, part: CheckpointShard, rank: int, ranks: int) -> dict[str, Any]:
-    """Write a rank's files and then its report, which is returned too; never raises, the report says what went wrong.
+    """Write a rank's files and then its report, and return the report; errors are in the report, never raised.
 
     Args:
-        folder: temporary, shared by all ranks; it may be there or not.
+        folder: temporary, shared by all ranks; it may exist.
         part: of this rank.
         rank: of this one.
         ranks: of the job.
     """
-    report, hidden = _report_of(folder, rank), folder / f".rank-{rank:05d}"
+    path, hidden = _report_path(folder, rank), folder / f".rank-{rank:05d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(hidden, "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            os.rename(hidden, report)  # nobody sees it unlocked before its end
-            said = _written(folder, part, rank, ranks)
-            file.write(json.dumps(said).encode())
+            os.rename(hidden, path)  # visible only while locked or complete
+            report = _write_files(folder, part, rank, ranks)
+            file.write(json.dumps(report).encode())
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # without a report the first rank knows that there is no part
-        return {"error": _of_rank(rank, ranks, error)}
-    return said
+    except OSError as error:  # rank 0 finds no report
+        return _failure(rank, ranks, error)
+    return report
 
 
-def _of_rank(rank: int, ranks: int, error: Exception) -> str:
-    return f"rank {rank}: {error}" if ranks > 1 else f"{error}"
+def _failure(rank: int, ranks: int, error: Exception) -> dict[str, Any]:
+    return {"error": f"rank {rank}: {error}" if ranks > 1 else f"{error}"}
 
 
-def _written(folder: Path, part: CheckpointShard, rank: int, ranks: int) -> dict[str, Any]:
-    """Write the files; returns the report."""
+def _write_files(folder: Path, part: CheckpointShard, rank: int, ranks: int) -> dict[str, Any]:
+    """Write the files; return the report."""
     files: dict[str, Any] = {}
     index: dict[str, Any] = {}
     metadata = {"format": "gpt", "step": str(part.step), "config": json.dumps(part.state["config"])}
@@ -89,36 +89,35 @@ def _written(folder: Path, part: CheckpointShard, rank: int, ranks: int) -> dict
                 files[name] = dataclasses.asdict(shard_files.write(folder / name, pieces, metadata))
             index[kind] = shard_files.build_index(name, pieces)
     except Exception as error:  # a thread must never die silently
-        for kind in KINDS:  # makes room for the report
+        for kind in KINDS:  # so that the report has space
             with contextlib.suppress(OSError):
                 (folder / file_of(kind, rank, ranks)).unlink(missing_ok=True)
-        return {"error": _of_rank(rank, ranks, error)}
+        return _failure(rank, ranks, error)
     return {"files": files, "index": index}
 
 
 def publish(run_dir: Path, folder: Path, part: CheckpointShard, own: dict[str, Any], ranks: int) -> None:
-    """On the first rank: wait for all parts, then give the folder its name.
+    """Wait for the parts of all ranks, then rename the folder to its final name; on rank 0.
 
     Args:
         run_dir: of the run.
         folder: temporary.
-        part: of the first rank.
+        part: of rank 0.
         own: its report.
         ranks: of the job.
 
     Raises:
-        OSError: a part could not be written or its rank has ended; nothing of the checkpoint is left, others are
-            untouched.
-        ValueError: the parts do not add up to whole arrays; the same.
+        OSError: a part could not be written or its rank has ended; the folder is removed, other checkpoints stay.
+        ValueError: the shards do not cover the arrays; likewise.
     """
     try:
-        reports = _collected(folder, own, ranks)
+        reports = _collect_reports(folder, own, ranks)
         problems = [report["error"] for report in reports if "error" in report]
         if problems:
             raise OSError("; ".join(problems))
         _complete(folder, part, reports)
         path = folder_of(run_dir, part.step)
-        if path.exists():  # only a damaged one can be here: a sound one would have been resumed from
+        if path.exists():  # damaged, else the run would have resumed from it
             remove_directory(path)
         os.rename(folder, path)
         sync_directory(path.parent)
@@ -126,14 +125,14 @@ def publish(run_dir: Path, folder: Path, part: CheckpointShard, own: dict[str, A
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _collected(folder: Path, own: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
-    """The reports of all ranks, when none of them writes any more."""
+def _collect_reports(folder: Path, own: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+    """Wait until no rank writes any more; return the reports of all."""
     reports = {0: own}
     deadline = time.monotonic() + ABSENT_SECONDS
     while True:
         for rank in set(range(ranks)) - set(reports):
-            report = _report(_report_of(folder, rank))
-            if report is None and time.monotonic() > deadline and not _report_of(folder, rank).exists():
+            report = _read_report(_report_path(folder, rank))
+            if report is None and time.monotonic() > deadline and not _report_path(folder, rank).exists():
                 report = {"error": f"rank {rank} has not begun to write"}
             if report is not None:
                 reports[rank] = report
@@ -142,8 +141,8 @@ def _collected(folder: Path, own: dict[str, Any], ranks: int) -> list[dict[str, 
         time.sleep(POLL_SECONDS)
 
 
-def _report(path: Path) -> dict[str, Any] | None:
-    """The report of a rank, what is known without one, or None while it is at work."""
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """Return the report of a rank, one of an error if it died, or None while it writes or before it begins."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -163,7 +162,7 @@ def _report(path: Path) -> dict[str, Any] | None:
 
 
 def _complete(folder: Path, part: CheckpointShard, reports: list[dict[str, Any]]) -> None:
-    """Add what the first rank writes for all, and take the reports away."""
+    """Write index, state, tokenizer and manifest, and remove the reports; on rank 0."""
     files = {name: facts for report in reports for name, facts in report["files"].items()}
     index = {kind: shard_files.merge_indexes([report["index"][kind] for report in reports]) for kind in KINDS}
     for name, value in (("index.json", index), ("state.json", part.state)):
@@ -178,15 +177,15 @@ def _complete(folder: Path, part: CheckpointShard, reports: list[dict[str, Any]]
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     _flushed(folder / "manifest.json")
     for rank in range(len(reports)):
-        _report_of(folder, rank).unlink(missing_ok=True)
+        _report_path(folder, rank).unlink(missing_ok=True)
     sync_directory(folder)
 
 
 def write_alone(path: Path, part: CheckpointShard) -> None:
-    """Write a checkpoint of one rank that belongs to no run, whole or not at all.
+    """Write a checkpoint of one rank outside a run, complete or not at all.
 
     Raises:
-        OSError: the disk is full or gone; nothing is left.
+        OSError: the disk is full or gone.
     """
     with atomic_directory(path) as folder:
         own = write_part(folder, part, rank=0, ranks=1)
@@ -202,12 +201,12 @@ def _flushed(path: Path) -> shard_files.FileDigest:
 
 
 class Saver:
-    """Writes this rank's part on a thread, one save at a time; on the first rank publishes and keeps the newest few.
+    """Writes this rank's part on a thread, one save at a time; rank 0 publishes and removes old checkpoints.
 
     Args:
         run_dir: of the run.
-        keep: how many to keep; older ones go once a newer one is published.
-        say: told of failures.
+        keep: number of checkpoints to keep.
+        say: called with a line for each failure.
         rank: of this one.
         ranks: of the job.
     """
@@ -224,13 +223,13 @@ class Saver:
             remove_leftovers(run_dir / "checkpoints")
 
     def submit(self, part: CheckpointShard) -> None:
-        """Start writing; returns when an earlier save is over."""
+        """Wait for an earlier save, then start writing."""
         self.wait()
         self._thread = threading.Thread(target=self._save, args=(part,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> Exception | None:
-        """Wait until the last save is over; what went wrong with it, or None. The first rank speaks for all."""
+        """Wait for the last save; on rank 0, return the error of any rank, or None."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -242,7 +241,7 @@ class Saver:
         folder = folder.with_name(f"{TEMPORARY}{folder.name}")
         own = write_part(folder, part, self.rank, self.ranks)
         if self.rank > 0:
-            if "error" in own:  # for our own log
+            if "error" in own:
                 self.say(f"WARNING: no part of checkpoint {part.step}: {own['error']}")
             return
         try:

@@ -1,7 +1,7 @@
-"""Files of slices: written and hashed in one pass, read by slice whoever wrote them.
+"""Files of tensor shards: written and hashed in one pass, read by slice across files.
 
 Every file is plain safetensors: 8 bytes with the length of a JSON header, the header, the arrays one after the other.
-It is written here, and not by the library, so that the hash of the manifest costs no second reading.
+It is written here and not by the library, so that the hash of the manifest costs no second reading.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from gpt.runs.checkpoint.reshard import ShardRange, TensorShards
 from gpt.utils.arrays import Array
 from gpt.utils.files import sha256
 
-DTYPES = {"float32": "F32"}  # what a checkpoint holds, as safetensors calls it
+DTYPES = {"float32": "F32"}  # the safetensors name
 BLOCK_BYTES = 1 << 22
 Index = dict[str, dict[str, Any]]  # of every array {"shape", "dtype", "pieces": [[file, axis, start, stop], ...]}
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """Of a file that was written: what a manifest holds of it."""
+    """Size and hash of a file, as in a manifest."""
 
     bytes: int
     sha256: str
@@ -72,7 +72,7 @@ def _write_all(descriptor: int, block: memoryview) -> int:
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Of a file that is there.
+    """Return size and hash of a file.
 
     Raises:
         OSError: it cannot be read.
@@ -81,7 +81,7 @@ def digest_file(path: Path) -> FileDigest:
 
 
 def build_index(file: str, pieces: TensorShards) -> Index:
-    """The index of one file."""
+    """Return the index of one file."""
     return {
         name: {
             "shape": piece.shape,
@@ -93,19 +93,19 @@ def build_index(file: str, pieces: TensorShards) -> Index:
 
 
 def merge_indexes(parts: list[Index]) -> Index:
-    """One index of the files of all ranks.
+    """Return one index of the files of all ranks.
 
     Raises:
         ValueError: ranks disagree on a shape, or the pieces of an array do not add up to it.
     """
-    found: Index = {}
+    merged: Index = {}
     for part in parts:
         for name, entry in part.items():
-            known = found.setdefault(name, {**entry, "pieces": []})
+            known = merged.setdefault(name, {**entry, "pieces": []})
             if known["shape"] != entry["shape"]:
                 raise ValueError(f"{name} has shape {known['shape']} on one rank and {entry['shape']} on another")
             known["pieces"] += entry["pieces"]
-    for name, entry in found.items():
+    for name, entry in merged.items():
         entry["pieces"].sort(key=lambda piece: piece[2])
         end = 0
         for _, axis, start, stop in entry["pieces"]:
@@ -114,11 +114,11 @@ def merge_indexes(parts: list[Index]) -> Index:
             end = stop
         if end != entry["shape"][entry["pieces"][0][1]]:
             raise ValueError(f"{name} of shape {entry['shape']} ends at {end} in {entry['pieces']}")
-    return found
+    return merged
 
 
 class CheckpointReader(Mapping[str, Array]):
-    """The arrays of a checkpoint: ``stored[name]`` is a whole one, ``read`` a slice, of which only the bytes are read.
+    """The arrays of a checkpoint: ``reader[name]`` is a global array, ``read`` a slice; reads no other bytes.
 
     Args:
         folder: of the checkpoint.
@@ -132,7 +132,7 @@ class CheckpointReader(Mapping[str, Array]):
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Of the whole arrays."""
+        """Global shapes by name."""
         return {name: entry["shape"] for name, entry in self.index.items()}
 
     def __getitem__(self, name: str) -> Array:
@@ -145,25 +145,21 @@ class CheckpointReader(Mapping[str, Array]):
         return len(self.index)
 
     def read(self, name: str, where: ShardRange) -> Array:
-        """A slice of an array, put together from the pieces that have a part of it."""
+        """Return a slice of an array, assembled from the shards that overlap it."""
         entry = self.index[name]
         wanted = where.box(entry["shape"])
-        found: Array | None = None
+        array = np.empty([end - begin for begin, end in wanted], entry["dtype"])
         for file, *piece in entry["pieces"]:
-            there = ShardRange(*piece).box(entry["shape"])
-            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, there, strict=True)]
-            if any(begin >= end for begin, end in both):
+            stored = ShardRange(*piece).box(entry["shape"])
+            overlap = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, stored, strict=True)]
+            if any(begin >= end for begin, end in overlap):
                 continue
-            cut = tuple(slice(b - t, e - t) for (b, e), (t, _) in zip(both, there, strict=True))
-            part: Array = self._open(file).get_slice(name)[cut]
-            if both == wanted:
+            in_file = tuple(slice(b - s, e - s) for (b, e), (s, _) in zip(overlap, stored, strict=True))
+            part: Array = self._open(file).get_slice(name)[in_file]
+            if overlap == wanted:
                 return part
-            if found is None:
-                found = np.empty([end - begin for begin, end in wanted], part.dtype)
-            found[tuple(slice(b - w, e - w) for (b, e), (w, _) in zip(both, wanted, strict=True))] = part
-        if found is None:
-            return np.empty([end - begin for begin, end in wanted], entry["dtype"])
-        return found
+            array[tuple(slice(b - w, e - w) for (b, e), (w, _) in zip(overlap, wanted, strict=True))] = part
+        return array
 
     def _open(self, file: str) -> Any:
         from safetensors import safe_open

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt.config.parameters import parameter
 from gpt.config.schema import Model
 from gpt.runs.convert import tensor_files
 from gpt.runs.convert.huggingface import interleave_qkv
@@ -31,8 +32,6 @@ INSIDE = re.compile(
 )
 LAST = re.compile(r"(?:gpt\.decoder|\d+)\.(?:norm\.)?(weight|bias)")
 THREE = ("attention.q", "attention.k", "attention.v")
-COLUMNS = ("attention.qkv", *THREE, "fc1")  # split over mp along the last axis, bias too
-ROWS = ("word.weight", "attention.out.weight", "fc2.weight")  # along the first
 
 
 def renamed(name: str) -> str | None:
@@ -98,11 +97,9 @@ def tensors(grid: list[list[Path]]) -> Tensors:
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:
-    kind = name.split(".", 2)[2] if name.startswith("layers.") else name
-    columns = kind.rsplit(".", 1)[0] in COLUMNS
-    if len(parts) == 1 or not (columns or kind in ROWS):
+    axis = parameter(re.sub(r"attention\.[qkv]\.", "attention.qkv.", name)).tp_axis
+    if len(parts) == 1 or axis is None:
         return parts[0]
-    axis = len(parts[0].shape) - 1 if columns else 0
     shape = list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
     return Tensor(shape, lambda: np.concatenate([part.read() for part in parts], axis))

@@ -20,7 +20,8 @@ from gpt.utils.arrays import Array
 from gpt.utils.errors import UserError
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # two names of the same function
-FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FILES = ("model.safetensors", "model.safetensors.index.json")
+TORCH_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")  # refused, with the remedy
 BLOCK = {
     "ln_1": "norm1", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.out",
     "ln_2": "norm2", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2",
@@ -60,7 +61,7 @@ def files(source: Path) -> Path | None:
     """The file of weights that ``source`` names or holds."""
     if source.is_file():
         return source
-    return next((source / name for name in FILES if (source / name).is_file()), None)
+    return next((source / name for name in (*FILES, *TORCH_FILES) if (source / name).is_file()), None)
 
 
 def tensors(file: Path) -> Tensors:
@@ -69,7 +70,7 @@ def tensors(file: Path) -> Tensors:
     Raises:
         UserError: a file is damaged or refused, or the head is not tied to the word table.
     """
-    found = tensor_files.sharded(file) if file.name.endswith(".index.json") else tensor_files.open_file(file)
+    found = tensor_files.open_shards(file) if file.name.endswith(".index.json") else tensor_files.open_file(file)
     bare = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
     head = bare.pop("lm_head.weight", None)
     word = bare.get("wte.weight")

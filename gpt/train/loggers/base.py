@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt.config.schema import Config
+from gpt.runs.run_dir import Job
 from gpt.utils.console import say
 
 Record = dict[str, Any]
@@ -27,6 +31,25 @@ class Logger:
 
     def close(self, status: str, code: int, why: str = "") -> None:
         """Finish; ``status`` and ``code`` as in ``result.json`` and of the process, ``why`` if it did not go well."""
+
+
+@dataclass(frozen=True)
+class LoggerSpec:
+    """A logger's module declares one as ``LOGGER``; ``gpt.train.loggers.build`` discovers it.
+
+    Attributes:
+        name: for messages.
+        enabled: whether a configuration asks for it.
+        make: opens it for a training job.
+        summarise: logs the figures of an evaluation at a step, in a process of its own.
+        problems: what keeps it from being used on this machine, each a sentence with the remedy.
+    """
+
+    name: str
+    enabled: Callable[[Config], bool]
+    make: Callable[[Job], Logger]
+    summarise: Callable[[Job, int, Record], None]
+    problems: Callable[[], list[str]] = list
 
 
 class Jsonl(Logger):
@@ -60,22 +83,3 @@ class Jsonl(Logger):
     def close(self, status: str, code: int, why: str = "") -> None:
         """Close the file."""
         os.close(self._descriptor)
-
-
-class TensorBoard(Logger):
-    """Scalars over steps in ``<run>/tensorboard``."""
-
-    def __init__(self, run_dir: Path) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def write(self, record: Record) -> None:
-        """All numbers of the record."""
-        for key, value in record.items():
-            if key != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(key, value, record["step"])
-
-    def close(self, status: str, code: int, why: str = "") -> None:
-        """Flush and close."""
-        self._writer.close()

@@ -1,40 +1,43 @@
-"""The loggers of a job."""
+"""The registry of loggers, and the loggers of a job."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import sys
 
-from gpt.runs import wandb_run
+from gpt.config.schema import Config
 from gpt.runs.run_dir import Job
-from gpt.train.loggers.base import Jsonl, Logger, Record, TensorBoard
+from gpt.train import loggers as package
+from gpt.train.loggers.base import Jsonl, Logger, LoggerSpec, Record
+
+
+def enabled(config: Config) -> list[LoggerSpec]:
+    """Return the loggers that a configuration asks for: every module of this package that declares ``LOGGER``."""
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    specs: list[LoggerSpec] = [module.LOGGER for module in modules if hasattr(module, "LOGGER")]
+    return [spec for spec in specs if spec.enabled(config)]
+
+
+def problems(config: Config) -> list[str]:
+    """Return what keeps the loggers of a configuration from being used on this machine."""
+    return [problem for spec in enabled(config) for problem in spec.problems()]
 
 
 def loggers(job: Job) -> tuple[Jsonl, list[Logger]]:
-    """The record file, and all places for records including it."""
+    """Open the loggers of a job; the first, which writes ``metrics.jsonl``, is returned by itself too."""
     jsonl = Jsonl(job.run_dir / "metrics.jsonl")
-    everywhere: list[Logger] = [jsonl]
-    if wandb_run.is_enabled(job.config):
-        from gpt.train.loggers.wandb import WandbSink
-
-        everywhere.append(WandbSink(job))
-    if job.config.logger.tensorboard:
-        everywhere.append(TensorBoard(job.run_dir))
-    return jsonl, everywhere
+    return jsonl, [jsonl, *(spec.make(job) for spec in enabled(job.config))]
 
 
 def summarise(job: Job, step: int, name: str, figures: Record) -> None:
-    """The numbers of an evaluation of the checkpoint of ``step``, as ``eval/<name>/...``; never raises."""
+    """Log the figures of an evaluation of the checkpoint of ``step``, as ``eval/<name>/...``; never raise."""
     short = re.sub(r"\S*/", "", name)
     numbers = {f"eval/{short}/{key}": value for key, value in figures.items() if isinstance(value, int | float)}
-    if job.config.logger.tensorboard:
-        board = TensorBoard(job.run_dir)
-        board.write({"step": step, **numbers})
-        board.close("done", 0)
-    if wandb_run.is_enabled(job.config):
-        from gpt.train.loggers import wandb
-
+    for spec in enabled(job.config):
         try:
-            wandb.summarise(job, {**numbers, f"eval/{short}/step": step})
+            spec.summarise(job, step, {**numbers, f"eval/{short}/step": step})
         except Exception as error:
-            print(f"WARNING: W&B: {error}", file=sys.stderr)
+            print(f"WARNING: {spec.name}: {error}", file=sys.stderr)

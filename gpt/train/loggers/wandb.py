@@ -23,7 +23,7 @@ from gpt.config.schema import Wandb, WandbMode
 from gpt.runs import wandb_run
 from gpt.runs.checkpoint.checkpoint import folder_of
 from gpt.runs.run_dir import Job, checkpoint_steps, read_metrics
-from gpt.train.loggers.base import Logger, Record
+from gpt.train.loggers.base import Logger, LoggerSpec, Record
 from gpt.utils import heartbeat
 from gpt.utils.console import say
 
@@ -31,7 +31,7 @@ SHOWN_SAMPLES = 100  # the newest of samples.jsonl
 BEAT_EVERY = 1000  # records that are repeated; half a second
 
 
-class WandbSink(Logger):
+class WandbLogger(Logger):
     """Weights & Biases, under one id for the whole life of the run, over tokens.
 
     ``mode=auto`` goes online if a key is configured and the server answers within ``init_timeout`` seconds, and
@@ -144,7 +144,7 @@ def _guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         print(f"WARNING: W&B: {error}", file=sys.stderr)
 
 
-def summarise(job: Job, numbers: Record) -> None:
+def summarise(job: Job, step: int, numbers: Record) -> None:
     """Into the run of the training where it can be opened again, which is online; else into a run of its own."""
     settings = job.config.logger.wandb
     wandb, mode, run = imported(job.run_dir), wandb_run.mode_now(settings), None
@@ -161,3 +161,6 @@ def summarise(job: Job, numbers: Record) -> None:
         run = wandb.init(mode=mode, settings=wandb.Settings(**quiet(settings)), **where(job), **labels)
     run.summary.update(numbers)
     run.finish()
+
+
+LOGGER = LoggerSpec("W&B", enabled=wandb_run.is_enabled, make=WandbLogger, summarise=summarise)
