@@ -16,6 +16,7 @@ from gpt.config.derived import world_size
 from gpt.config.schema import Config, Ranks
 from gpt.data import corpus, tokenizer_files
 from gpt.plan import summary
+from gpt.plan.explain import AutoParallelResult
 from gpt.runs import source
 from gpt.runs.run_dir import Job
 from gpt.tasks.spec import Command
@@ -74,7 +75,7 @@ def _machine_problems(config: Config) -> list[str]:
     return problems + checks.problems(config, role.here(ranks))
 
 
-def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
+def run(config: Config, run_dir: Path, overrides: list[str], choice: AutoParallelResult | None = None) -> float | None:
     """Do the task; return the validation loss for a sweeper to minimise.
 
     Raises:
@@ -88,7 +89,8 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
         cluster = dataclasses.replace(config.cluster, device=derived.resolve_device(config))
         config = dataclasses.replace(config, cluster=cluster)
     role = LaunchEnvironment() if facts.ranks is Ranks.none else rendezvous.hub().role
-    command = Command(config, run_dir, overrides, source.job(config, run_dir) if facts.needs_checkpoint else None)
+    trained = source.job(config, run_dir) if facts.needs_checkpoint else None
+    command = Command(config, run_dir, overrides, trained, choice)
     return task.run(_on_named_data(command, console), Driver(console, role))
 
 

@@ -116,7 +116,7 @@ def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
 def configured(overrides: list[str]) -> Config:
     """The typed configuration, on the CPU."""
     overrides = ["cluster.device=cpu", *overrides]
-    return cli.validate_or_fail(*composed(overrides), overrides)
+    return cli.resolve(*composed(overrides), overrides).config
 
 
 @dataclass

@@ -341,6 +341,6 @@ def test_impossible_sampling_is_all_named() -> None:
 )
 def test_a_prompt_is_text_whatever_is_in_it(prompt: str) -> None:
     config, choices = composed(["data=tokens", "data.path=x", f"prompt={prompt}"])
-    assert cli.validate_or_fail(config, choices, []).generate.prompt == prompt
+    assert cli.resolve(config, choices, []).config.generate.prompt == prompt
     config, choices = composed(["data=tokens", "data.path=x", "generate.prompt='as Hydra wants it '"])
-    assert cli.validate_or_fail(config, choices, []).generate.prompt == "as Hydra wants it "
+    assert cli.resolve(config, choices, []).config.generate.prompt == "as Hydra wants it "

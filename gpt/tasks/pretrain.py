@@ -64,7 +64,7 @@ def run(command: Command, driver: Driver) -> float | None:
         job = Job(config, data, run_dir.resolve(), command.words)
         job.write()
         provenance.note_start(run_dir, job.command, max(runs.checkpoint_steps(run_dir), default=0), world_size(config))
-        auto_parallel.show(config, console)
+        auto_parallel.show(command.choice, config, console)
         console.header(_header(job, driver.role))
         driver.launch(job, run_dir / "job.json", lock)
     return _sum_up(job, console)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt.config.schema import Config
+from gpt.plan.explain import AutoParallelResult
 from gpt.runs.run_dir import Job
 from gpt.utils.console import Console
 from gpt.utils.files import Lock
@@ -25,12 +26,14 @@ class Command:
         run_dir: of its run.
         overrides: as typed.
         job: the trained job with this command's sections, for a task that needs a checkpoint.
+        choice: what ``parallel=auto`` chose.
     """
 
     config: Config
     run_dir: Path
     overrides: list[str]
     job: Job | None = None
+    choice: AutoParallelResult | None = None
 
     @property
     def words(self) -> list[str]:
