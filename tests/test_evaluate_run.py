@@ -204,13 +204,13 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
 
 
 def test_a_text_goes_on_greedily_up_to_a_stop(whole: Path, hand: Hand) -> None:
-    answers = EvalModel(lm_eval.trained_job(str(whole), "fp32", on_cpu=True))
+    model = EvalModel(lm_eval.trained_job(str(whole), "fp32", on_cpu=True))
     ids = hand.encode("The default")
     for _ in range(6):
         ids.append(int(hand.engine.model(paddle.to_tensor([ids])).numpy()[0, -1].argmax()))
     expected = hand.encoder.decode(ids[len(hand.encode("The default")) :])
-    assert answers.text("The default", {"max_gen_toks": 6}) == expected
+    assert model.generate("The default", {"max_gen_toks": 6}) == expected
     middle = expected[len(expected) // 2]
-    found = answers.text("The default", {"max_gen_toks": 6, "until": [middle]})
+    found = model.generate("The default", {"max_gen_toks": 6, "until": [middle]})
     assert found == expected[: expected.index(middle)]
-    assert answers.text("", {"max_gen_toks": 2})
+    assert model.generate("", {"max_gen_toks": 2})

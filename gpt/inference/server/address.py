@@ -10,7 +10,7 @@ import socket
 from gpt.config.task_schemas import Serve
 from gpt.utils.errors import UserError
 
-PACKAGES = ("starlette", "uvicorn")
+PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
 def problems(settings: Serve) -> list[str]:
