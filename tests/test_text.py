@@ -251,7 +251,7 @@ def test_a_text_ends_before_a_stop_string_of_which_nothing_is_shown() -> None:
         shown.append(growing.add(byte))
         if growing.stopped:
             break
-    assert "".join(shown) + growing.rest() == "one\ntwo EN three "
+    assert "".join(shown) + growing.flush() == "one\ntwo EN three "
     assert growing.text == "one\ntwo EN three "
 
 
