@@ -29,6 +29,7 @@ Body = dict[str, Any]
 CALLED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_return_sequences": "n"}
 MAX_STOPS = 16
 MAX_UNKNOWN = 5  # fields that a message names
+STREAM_OPTIONS = 'stream_options: only {"include_usage": true}, and only with stream'
 LARGE = 1e9  # no setting is sensible beyond, and a float is not exact
 
 
@@ -70,7 +71,7 @@ def _stops(value: Any) -> tuple[str, ...] | None:
 
 def _stream_options(value: Any) -> bool:
     if not isinstance(value, dict | None) or not isinstance((value or {}).get("include_usage", False), bool):
-        raise ValueError('stream_options: only {"include_usage": true}, and only with stream')
+        raise ValueError(STREAM_OPTIONS)
     return bool((value or {}).get("include_usage"))
 
 
@@ -116,33 +117,35 @@ class CompletionFields(BaseModel):
     suffix: Ignored = None
 
 
-class Problems(list[tuple[str, str]]):
-    """Field and sentence of everything that is wrong with a request."""
+class Problems:
+    """Everything that is wrong with a request: sentences, and the fields that they name."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self.fields: set[str] = set()
+
+    def add(self, sentence: str, field: str | None = None) -> None:
+        """Add a sentence; without ``field`` its first word is the field."""
+        self.sentences.append(sentence)
+        self.fields.add(field or re.findall(r"\w+", sentence)[0])
 
     def read(self, body: Body) -> CompletionFields:
         """Return the fields; those with a problem as if they were not given."""
-        unknown = [field for field in body if field not in CompletionFields.model_fields]
-        for field in unknown[:MAX_UNKNOWN]:
-            close = suggest(field[:60], list(CompletionFields.model_fields))
-            self.append((field[:60], f"unknown field {_shown(field)}{close}"))
-        known = {"prompt": None, **{field: value for field, value in body.items() if field not in unknown}}
+        names = list(CompletionFields.model_fields)
+        for field in [field for field in body if field not in names][:MAX_UNKNOWN]:
+            self.add(f"unknown field {_shown(field)}{suggest(field[:60], names)}", field[:60])
+        known = {"prompt": None, **{field: value for field, value in body.items() if field in names}}
         try:
             return CompletionFields.model_validate(known)
         except ValidationError as error:
             for problem in error.errors():
-                field = str(problem["loc"][0])
-                wanted = CompletionFields.model_fields[field].description
+                field, value = str(problem["loc"][0]), problem["input"]
                 own = problem.get("ctx", {}).get("error")  # a ValueError of a validator
-                self.append((field, str(own) if own else f"{field}: {wanted}, not {_shown(known.pop(field))}"))
-                known.pop(field, None)
+                self.add(
+                    str(own or f"{field}: {CompletionFields.model_fields[field].description}, not {_shown(value)}")
+                )
+                known.pop(field)
             return CompletionFields.model_validate(known)
-
-    def require_none(self) -> None:
-        """Raise an ``ApiError`` with all problems, if there are any."""
-        if self:
-            params = {field for field, _ in self}
-            param = params.pop() if len(params) == 1 else None
-            raise ApiError(400, "; ".join(sentence for _, sentence in self), param=param)
 
 
 @dataclass(frozen=True)
@@ -192,31 +195,29 @@ def parse(body: Any, model: str, defaults: Generate, settings: Serve, writer: Te
     sampling = dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
     scores_only = bool(fields.echo) and sampling.max_new_tokens == 0  # the prompt comes back with log probabilities
     prompts: list[list[int]] = []
-    per_prompt = max(sampling.num_return_sequences, sampling.num_beams)
-    if len(fields.prompt) * per_prompt > settings.max_texts:
-        sentence = f"{len(fields.prompt)} prompts x {per_prompt} texts are more than this server's {settings.max_texts}"
-        problems.append(("prompt", f"{sentence} at once: send several requests"))
+    count, per_prompt = len(fields.prompt), max(sampling.num_return_sequences, sampling.num_beams)
+    if count * per_prompt > settings.max_texts:
+        limit = f"more than this server's {settings.max_texts} at once: send several requests"
+        problems.add(f"{count} prompts x {per_prompt} texts are {limit}", "prompt")
     else:
         prompts = [writer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in fields.prompt]
     if stray := [token for row in prompts for token in row if not 0 <= token < writer.vocab]:
-        sentence = f"prompt: {stray[0]} is not a token; they are numbered from 0 to {writer.vocab - 1}"
-        problems.append(("prompt", sentence))
+        problems.add(f"prompt: {stray[0]} is not a token; they are numbered from 0 to {writer.vocab - 1}")
     sampling = _fit(problems, fields, sampling, max(map(len, prompts), default=0), settings, writer)
     for sentence in sampling.problems(called) if not scores_only else ():
-        problems.append((re.findall(r"\w+", sentence)[0], sentence))
+        problems.add(sentence)
     logprobs, stream = fields.logprobs, bool(fields.stream)
     if logprobs not in (None, 0, 1):
-        sentence = f"logprobs={logprobs}: 0 (of the text's tokens) or 1 (of the most probable ones too)"
-        problems.append(("logprobs", sentence))
+        problems.add(f"logprobs={logprobs}: 0 (of the text's tokens) or 1 (of the most probable ones too)")
     if stream and logprobs is not None:
-        sentence = "logprobs does not go with stream: they are known when the text is complete"
-        problems.append(("logprobs", sentence))
+        problems.add("logprobs does not go with stream: they are known when the text is complete")
     if fields.best_of not in (None, sampling.num_return_sequences, sampling.num_beams):
-        sentence = f"best_of={fields.best_of}: only with as many num_beams, of which the n best come back"
-        problems.append(("best_of", sentence))
-    if body.get("stream_options") is not None and not stream and "stream_options" not in dict(problems):
-        problems.append(("stream_options", 'stream_options: only {"include_usage": true}, and only with stream'))
-    problems.require_none()
+        problems.add(f"best_of={fields.best_of}: only with as many num_beams, of which the n best come back")
+    if body.get("stream_options") is not None and not stream and "stream_options" not in problems.fields:
+        problems.add(STREAM_OPTIONS)
+    if problems.sentences:
+        param = problems.fields.pop() if len(problems.fields) == 1 else None
+        raise ApiError(400, "; ".join(problems.sentences), param=param)
     if logprobs is not None and not isinstance(writer, Scorer):
         raise ApiError(501, "logprobs: this model cannot be asked for log probabilities", param="logprobs")
     wish = GenerationRequest(prompts, None if scores_only else sampling, scores=logprobs is not None, pieces=stream)
@@ -240,13 +241,13 @@ def _fit(
         least = min(sampling.min_new_tokens, new) if fields.min_tokens is None else sampling.min_new_tokens
         return dataclasses.replace(sampling, max_new_tokens=new, min_new_tokens=least)
     if room < min(1, sampling.max_new_tokens):
-        sentence = f"prompt: its {longest} tokens leave no room in the model's {writer.positions} positions"
-        problems.append(("prompt", f"{sentence}; shorten it"))
+        positions = f"the model's {writer.positions} positions"
+        problems.add(f"prompt: its {longest} tokens leave no room in {positions}; shorten it")
     elif sampling.max_new_tokens > most:
         why = f"the model has {writer.positions} positions, of which the prompt takes {longest}"
         if most < room:
             why = "as many as this server allows (serve.max_tokens)"
-        problems.append(("max_tokens", f"max_tokens={sampling.max_new_tokens}: at most {most}; {why}"))
+        problems.add(f"max_tokens={sampling.max_new_tokens}: at most {most}; {why}")
     return sampling
 
 
