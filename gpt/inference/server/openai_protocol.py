@@ -144,7 +144,7 @@ class Problems:
                 self.add(
                     str(own or f"{field}: {CompletionFields.model_fields[field].description}, not {_shown(value)}")
                 )
-                known.pop(field)
+                known.pop(field, None)
             return CompletionFields.model_validate(known)
 
 
