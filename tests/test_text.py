@@ -97,9 +97,9 @@ def test_a_batch_draws_what_each_prompt_draws_alone(writer: Generator) -> None:
 
 def test_rows_that_are_taken_elsewhere_go_on_with_their_own_past(writer: Generator) -> None:
     decoder = Decoder(writer.model, [[5, 6, 7], [8]], 10)
-    decoder.append([1, 2])
-    decoder.take([1, 0, 1])
-    decoder.append([3, 4, 5])
+    decoder.step([1, 2])
+    decoder.select_rows([1, 0, 1])
+    decoder.step([3, 4, 5])
     for row, past in enumerate([[8, 2, 3], [5, 6, 7, 1, 4], [8, 2, 5]]):
         np.testing.assert_allclose(decoder.logits_BV[row], logits(writer, past), rtol=1e-3, atol=1e-3)
 

@@ -98,13 +98,7 @@ class Batch:
 
 
 class TokenDataset:
-    """All samples of one split of one or several sets.
-
-    Args:
-        config: of the job; reads ``data``, ``seed`` and the batch.
-        prepared: the token files.
-        split: which part of the documents.
-        shuffled: False: windows in file order, each once, to evaluate a whole split.
+    """All samples of one split of one or several sets; not ``shuffled`` in file order, each once.
 
     Raises:
         UserError: there is no data, or the split holds too few tokens for one sample.

@@ -129,6 +129,6 @@ def beam_search(
             first = last
         active = [search for search in active if search.beams]
         if active:
-            decoder.take(rows)
-            decoder.append([beam.tokens[-1] for search in active for beam in search.beams])
+            decoder.select_rows(rows)
+            decoder.step([beam.tokens[-1] for search in active for beam in search.beams])
     return [search.completions() for search in searches]

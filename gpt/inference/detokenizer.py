@@ -11,13 +11,7 @@ UNFINISHED = "\ufffd"  # half a character
 
 
 class IncrementalDetokenizer:
-    """The text of the new tokens of one sequence.
-
-    Args:
-        encoder: of the model.
-        prompt: token numbers.
-        stop: strings; the text ends before the first of them.
-    """
+    """The text of the new tokens of one sequence; it ends before the first of the ``stop`` strings."""
 
     def __init__(self, encoder: Encoder, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._encoder = encoder

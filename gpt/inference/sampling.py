@@ -23,13 +23,8 @@ KeepGoing = Callable[[], bool]
 def apply_penalties(logits_V: Array, sampling: Sampling, seen: list[int], new: int, eot: int | None) -> Array:
     """Apply the repetition penalty and the minimal length; return the same array if there is nothing to do.
 
-    Args:
-        logits_V: float32.
-        sampling: its penalty divides positive logits of tokens seen before and multiplies negative ones
-            (Keskar et al., 2019).
-        seen: tokens of the prompt and new ones.
-        new: number of new tokens.
-        eot: end-of-text, which cannot come before ``min_new_tokens``.
+    The penalty divides positive logits of ``seen`` tokens and multiplies negative ones (Keskar et al., 2019). ``eot``
+    cannot come before ``min_new_tokens``; ``new`` is the number of new tokens so far.
     """
     early = eot is not None and new < sampling.min_new_tokens
     if sampling.repetition_penalty == 1 and not early:
@@ -47,10 +42,7 @@ def apply_penalties(logits_V: Array, sampling: Sampling, seen: list[int], new: i
 def sample_token(logits_V: Array, sampling: Sampling, rng: np.random.Generator) -> int:
     """Draw one token: temperature, then the top k (ties kept), then the smallest set of mass top p (Holtzman 2019).
 
-    Args:
-        logits_V: float32.
-        sampling: temperature 0 takes the largest; top_k 0 and top_p 1 are off.
-        rng: advanced by one draw, unless the largest is taken.
+    Temperature 0 takes the largest and draws nothing; top_k 0 and top_p 1 are off.
     """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
@@ -133,7 +125,7 @@ def sample(
         for s in range(count)
     ]
     active = sequences
-    decoder.take([sequence.prompt for sequence in sequences])
+    decoder.select_rows([sequence.prompt for sequence in sequences])
     while active and keep_going():
         logprobs_BV = log_probabilities(decoder.logits_BV)
         for raw_V, logprobs_V, sequence in zip(decoder.logits_BV, logprobs_BV, active, strict=True):
@@ -145,8 +137,8 @@ def sample(
         if len(unfinished) < len(active):
             active = [active[i] for i in unfinished]
             if active:
-                decoder.take(unfinished)
+                decoder.select_rows(unfinished)
         if active:
-            decoder.append([sequence.new[-1] for sequence in active])
+            decoder.step([sequence.new[-1] for sequence in active])
     texts = [sequence.completion() for sequence in sequences]
     return [texts[i : i + count] for i in range(0, len(texts), count)]

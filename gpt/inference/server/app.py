@@ -48,15 +48,7 @@ PATHS = "POST /v1/completions, GET /v1/models, GET /health"
 
 
 class CompletionsApp:
-    """The routes.
-
-    Args:
-        settings: the limits.
-        defaults: of fields that a request does not give.
-        model: name of the model.
-        desk: requests for the model.
-        key: that clients must send; None: none.
-    """
+    """The routes; ``defaults`` are of fields that a request does not give, clients must send ``key``."""
 
     def __init__(
         self, settings: Serve, defaults: Generate, model: str, desk: RequestQueue, key: str | None = None

@@ -171,18 +171,7 @@ class CompletionRequest:
 
 
 def parse(body: Any, model: str, defaults: Generate, settings: Serve, writer: TextGenerator) -> CompletionRequest:
-    """Check a request.
-
-    Args:
-        body: decoded JSON.
-        model: name of the served model.
-        defaults: of fields that are not given.
-        settings: hold the limits.
-        writer: counts tokens.
-
-    Raises:
-        ApiError: with every problem of the request.
-    """
+    """Check a request, ``body`` being decoded JSON; raise an ``ApiError`` with all its problems."""
     if not isinstance(body, dict):
         raise ApiError(400, 'the body must be a JSON object, such as {"prompt": "import "}')
     if body.get("model") not in (None, model):

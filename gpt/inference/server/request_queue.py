@@ -66,9 +66,6 @@ class RequestQueue:
     Attributes:
         state: ``loading`` until ``open``, then ``ready``, and ``closing`` from ``close`` on.
         running: the request that is being processed.
-
-    Args:
-        places: most requests that wait.
     """
 
     def __init__(self, places: int) -> None:
