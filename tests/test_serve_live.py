@@ -266,8 +266,8 @@ def test_all_ranks_write_the_same_stop_together_and_score_as_one_does(small: lis
         for rank, served in enumerate(said["served"][cut] for said in ranks):
             assert served["written"] == ([5] if cut else [10, 5, 10])
             assert served["code"] == (143 if cut else 130)
-            ends = ["UnavailableError"] * 3 if cut else ["Done", "UnavailableError", "Done"]
-            assert [news for news in served["told"] if news != "Begun"] == ([] if rank else ends)
+            ends = ["UnavailableError"] * 3 if cut else ["Finished", "UnavailableError", "Finished"]
+            assert [news for news in served["told"] if news != "Started"] == ([] if rank else ends)
     alone = inference_logprobs.score(model_of(configured(wide)), TEXTS)
     for said in ranks:
         for together, (logprobs, best, tops) in zip(alone, said["scores"], strict=True):
