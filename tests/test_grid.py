@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from played import PLAYER, cells
 from gpt.runs import run_dir
 from gpt.runs.grid import Cell, Folder, State
 from gpt.utils.console import Console
-from gpt.utils.errors import JobFailed
+from gpt.utils.errors import JobFailed, UserError
 from launchers.sweep import launch, local_runner
 from launchers.sweep.display import CellOutcome
 from launchers.sweep.local_runner import Live
@@ -241,3 +242,18 @@ def test_a_grid_that_is_killed_twice_and_grown_ends_complete_with_nothing_traine
         assert json.loads((outputs / name / "result.json").read_text())["status"] == "done"
         events = [(event["event"], event.get("code")) for event in folder.events() if event["cell"] == name]
         assert ("ended", 0) not in events[:-1], events  # nothing was started after it was done
+
+
+def test_a_cell_is_a_job_without_data_and_files_of_the_version_before_are_read(tmp_path: Path) -> None:
+    (cell,), file = cells(1), tmp_path / "cell.json"
+    cell.save(file)
+    stored = json.loads(file.read_text())
+    assert set(stored) == {"config", "run_dir", "command", "differs"}
+    assert Cell.load(file) == replace(cell, run_dir=cell.run_dir.resolve())
+    overrides = stored.pop("command")[3:]
+    file.write_text(json.dumps({**stored, "overrides": overrides}))
+    assert Cell.load(file).overrides == cell.overrides
+    del stored["config"]["model"]["hidden"]
+    file.write_text(json.dumps({**stored, "overrides": overrides}))
+    with pytest.raises(UserError, match=r"not a frozen command of this version \(.*hidden.*type it again"):
+        Cell.load(file)

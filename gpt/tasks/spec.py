@@ -11,7 +11,7 @@ from typing import Protocol
 
 from gpt.config.schema import Config
 from gpt.plan.explain import AutoParallelResult
-from gpt.runs.run_dir import Job
+from gpt.runs.run_dir import COMMAND, Job
 from gpt.utils.console import Console
 from gpt.utils.files import Lock
 from gpt.utils.launch_env import LaunchEnvironment
@@ -38,7 +38,7 @@ class Command:
     @property
     def words(self) -> list[str]:
         """The command line, for the record."""
-        return ["python", "-m", "gpt.main", *self.overrides]
+        return [*COMMAND, *self.overrides]
 
     @property
     def trained(self) -> Job:

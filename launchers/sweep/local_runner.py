@@ -84,7 +84,7 @@ class Runner:
         cell, outcome = self.cells[entry.name], self.outcomes[entry.name]
         if outcome.state != "elsewhere" and entry.attempt:
             return True
-        now = cell.left()
+        now = cell.last_state()
         if now is State.done or (now is State.failed and outcome.before is not State.failed):
             outcome.state = "done elsewhere" if now is State.done else "failed"
             outcome.code = 0 if now is State.done else 1
