@@ -255,5 +255,5 @@ def test_a_cell_is_a_job_without_data_and_files_of_the_version_before_are_read(t
     assert Cell.load(file).overrides == cell.overrides
     del stored["config"]["model"]["hidden"]
     file.write_text(json.dumps({**stored, "overrides": overrides}))
-    with pytest.raises(UserError, match=r"not a frozen command of this version \(.*hidden.*type it again"):
+    with pytest.raises(UserError, match=r"(?s)not a frozen command of this version \(.*hidden.*type it again"):
         Cell.load(file)
