@@ -61,12 +61,13 @@ def test_a_published_combination_has_the_published_batch(model: str, parallel: s
 
 @pytest.mark.parametrize("parallel", [name for name in options("parallel") if name != "auto"])
 @pytest.mark.parametrize("model", options("model"))
-def test_every_model_composes_with_every_parallel_preset(model: str, parallel: str) -> None:
-    overrides = [f"model={model}", f"parallel={parallel}", "data=tokens", "data.path=x"]
-    config, choices = composed(overrides)
-    typed, problems = check(config, choices)
+def test_every_model_goes_with_every_parallel_preset(model: str, parallel: str) -> None:
+    # Each file has values of its own section only, so a pair is the one's composition with the other's section.
+    data = ("data=tokens", "data.path=x")
+    config, choices = composed([f"model={model}", *data])
+    config.parallel = composed([f"parallel={parallel}", *data])[0].parallel
+    typed, problems = check(config, {**choices, "parallel": parallel})
     assert typed is not None
-    world = derived.world_size(typed)
     # What cannot be divided is refused for the reason that it cannot be divided, and for no other.
     indivisible = typed.model.heads % typed.parallel.mp_degree or typed.model.layers % typed.parallel.pp_degree
     unit = derived.micro_batch_size(typed) * derived.replicas(typed)
@@ -74,8 +75,8 @@ def test_every_model_composes_with_every_parallel_preset(model: str, parallel: s
     assert bool(problems) == bool(indivisible), problems
     assert all("not divisible" in p for p in problems)
     assert derived.padded_vocab(typed) % (128 * typed.parallel.mp_degree) == 0
-    assert world == typed.parallel.dp_degree * typed.parallel.sharding_degree * typed.parallel.mp_degree * (
-        typed.parallel.pp_degree
+    assert derived.world_size(typed) == typed.parallel.dp_degree * typed.parallel.sharding_degree * (
+        typed.parallel.mp_degree * typed.parallel.pp_degree
     )
 
 
