@@ -85,7 +85,7 @@ def test_every_other_option_composes(group: str) -> None:
     needed = {"text": ["data.path=x"], "tokens": ["data.path=x"], "blend": ["data.blend=[{path: a, weight: 1.0}]"]}
     for option in options(group):
         extra = needed.get(option, []) if group == "data" else ["data=tokens", "data.path=x"]
-        extra += ["prepare.input=x", "prepare.output=x"] if option == "prepare" else []
+        extra += {"prepare": ["prepare.input=x", "prepare.output=x"], "export": ["export.output=x"]}.get(option, [])
         config, choices = composed([f"{group}={option}", *extra])
         assert check(config, choices)[1] == [], (group, option)
 
