@@ -20,11 +20,11 @@ from test_signals import alive
 
 from gpt.config.cluster import Device
 from gpt.utils import heartbeat, machine
+from gpt.utils import outcome as launchers_outcome
 from gpt.utils.heartbeat import Beat
+from gpt.utils.outcome import Outcome, root_cause
+from gpt.utils.watchdog import Watchdog, missing, named
 from launchers import checks, local, rank_env
-from launchers import outcome as launchers_outcome
-from launchers.outcome import Outcome, root_cause
-from launchers.watchdog import Watchdog, missing, named
 
 HEAD = f"""
 import os, signal, sys, time

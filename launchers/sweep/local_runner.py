@@ -14,8 +14,8 @@ from gpt.runs.grid import STOPPED, Cell, Folder, State
 from gpt.utils import machine
 from gpt.utils.console import Console
 from gpt.utils.errors import JobFailed
+from gpt.utils.outcome import SHOWN_LINES
 from gpt.utils.signals import BAD_INPUT
-from launchers.outcome import SHOWN_LINES
 from launchers.sweep import checks, display
 from launchers.sweep.display import CellOutcome, Line
 from launchers.sweep.pool import Pool, PoolJob, Running

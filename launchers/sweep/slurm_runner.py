@@ -23,9 +23,9 @@ from gpt.runs.grid import STOPPED, Cell, Folder, State
 from gpt.utils.console import Console
 from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.files import Lock, short
+from gpt.utils.outcome import SHOWN_LINES
 from gpt.utils.signals import FAILED
 from launchers import slurm
-from launchers.outcome import SHOWN_LINES
 from launchers.slurm import Batch
 from launchers.sweep.display import CellOutcome
 
