@@ -40,6 +40,7 @@ from gpt import worker
 from gpt.utils import files, heartbeat, signals
 run_dir, job_file = Path(sys.argv[1]), Path(sys.argv[2])
 rank, world = int(os.environ["PADDLE_TRAINER_ID"]), int(os.environ["PADDLE_TRAINERS_NUM"])
+worker.ORPHAN_SECONDS = 1.0
 worker.start_monitoring()
 signals.Signals()
 files.write_json(run_dir / f"rank{{rank}}.json", dict(os.environ, PID=str(os.getpid())))
