@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt.config.derived import needs_checkpoint
+from gpt.config.derived import needs_checkpoint, schema
 from gpt.config.rules import check, known_keys, suggest
 from gpt.config.schema import Config, Task
 from gpt.plan import auto_parallel
@@ -44,7 +44,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=schema())
     store.store(
         group="hydra/callbacks", name="gate", node={"gate": {"_target_": "hydra_plugins.gpt_grid.PreflightCallback"}}
     )

@@ -121,8 +121,8 @@ def trained_job(checkpoint: str, precision: str, *, on_cpu: bool) -> Job:
         config = cli.compose_job(["task=evaluate", f"precision={precision}", f"cluster.device={device.value}"])
     except cli.CONFIG_ERRORS as error:
         raise UserError(f"--model_args precision={precision}: fp32, bf16 or fp16") from error
-    config.checkpoint = checkpoint
-    config.cluster.device = derived.resolve_device(config)
+    values = {"checkpoint": checkpoint, "cluster.device": derived.resolve_device(config)}
+    config = derived.replace_in(config, values)
     if problems := checks.problems(config, 1):
         raise UserError.of(problems)
     return source.job(config, source.results_dir(Path(checkpoint)))

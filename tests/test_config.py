@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_padded_vocabulary_follows_the_published_table() -> None:
     # GPT-2's 50257 tokens: 50304 rows on one device, 50432 at mp 2, 51200 at mp 8 (the published presets' numbers).
     for mp, rows in ((1, 50304), (2, 50432), (8, 51200)):
         config = configured(["model=124m", "model.vocab=50257", "model.heads=16", "data=tokens", "data.path=x"])
-        config.parallel.mp_degree = mp
+        config = derived.replace_in(config, {"parallel.mp_degree": mp})
         assert derived.padded_vocab(config) == rows
 
 
@@ -160,6 +161,15 @@ def test_every_key_of_the_schema_has_a_value_in_conf_or_is_optional() -> None:
 def test_plain_and_typed_are_inverse() -> None:
     config = configured(["model=1.3b", "data=blend", "data.blend=[{path: a, weight: 1.0}]"])
     assert derived.typed(derived.plain(config)) == config
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = configured(["data=blend", "data.blend=[{path: a, weight: 1.0}]"])
+    for section, key in ((config, "seed"), (config.device.peak_tflops, "fp32"), (config.data.blend[0], "path")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, key, None)
+    other = derived.replace_in(config, {"seed": 3, "logger.wandb.name": "x"})
+    assert (other.seed, other.logger.wandb.name, config.logger.wandb.name) == (3, "x", None)
 
 
 def test_yaml_holds_values_only() -> None:

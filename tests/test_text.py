@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -277,10 +278,7 @@ def test_what_says_stop_is_heard_before_the_next_token(writer: Generator) -> Non
 
 
 def settings(**changed: object) -> task_schemas.Generate:
-    config = configured([*SMALL, "data=tokens", "data.path=x"]).generate
-    for key, value in changed.items():
-        setattr(config, key, value)
-    return config
+    return dataclasses.replace(configured([*SMALL, "data=tokens", "data.path=x"]).generate, **changed)  # type: ignore[arg-type]
 
 
 def test_prompts_come_from_lines_and_from_json_lines(tmp_path: Path) -> None:
@@ -319,10 +317,11 @@ def test_everything_wrong_with_a_generation_is_said_at_once(tmp_path: Path, voca
     config = configured([*SMALL, "data=tokens", "data.path=x", "parallel=dp2"])
     (tmp_path / "there.jsonl").write_text("")
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "z" * 40}) + "\n" + json.dumps({"prompt": ""}) + "\n")
-    config.generate = settings(prompts=str(tmp_path / "p.jsonl"), output=str(tmp_path / "there.jsonl"))
+    files = settings(prompts=str(tmp_path / "p.jsonl"), output=str(tmp_path / "there.jsonl"))
+    config = dataclasses.replace(config, generate=files)
     found = prompts.check(config, vocabulary)
     assert [next(i for i, f in enumerate(found) if said in f) for said in ("exists", "prompt 1 has 40", "prompt 2;")]
-    config.generate = settings(interactive=True, prompts="x")
+    config = dataclasses.replace(config, generate=settings(interactive=True, prompts="x"))
     assert len(prompts.check(config, vocabulary)) == 2
     assert "no tokenizer" in prompts.check(config, None)[0]
 

@@ -146,12 +146,10 @@ def _without_layout(
     ]
     if config is None or problems:
         return None, problems
-    config.trainer.micro_batch_size = micro
-    config.plan.devices = composed.plan.devices
-    if config.checkpoint and needs_checkpoint(config.task) and (there := config_of(config)):
-        there.task, there.plan, there.device, there.cluster = config.task, config.plan, config.device, config.cluster
-        there.parallel = config.parallel
-        return there, []
+    config = derived.replace_in(config, {"trainer.micro_batch_size": micro, "plan.devices": composed.plan.devices})
+    if config.checkpoint and needs_checkpoint(config.task) and (stored := config_of(config)):
+        kept = ("task", "plan", "device", "cluster", "parallel")
+        return replace(stored, **{key: getattr(config, key) for key in kept}), []
     return config, []
 
 
@@ -214,7 +212,7 @@ def _with(
                                              global_batch_size=composed.trainer.global_batch_size))  # fmt: skip
         if given.micro_batch_size is None and micro_batch_size(now) != micro_batch_size(taken):
             changed["trainer.micro_batch_size"] = taken.trainer.micro_batch_size
-            now.trainer.micro_batch_size = taken.trainer.micro_batch_size
+            now = derived.replace_in(now, {"trainer.micro_batch_size": taken.trainer.micro_batch_size})
         if global_batch_size(now) != global_batch_size(taken) or accumulate_steps(now) != accumulate_steps(taken):
             changed["trainer.global_batch_size"] = global_batch_size(taken)
         if composed.model.recompute is not taken.model.recompute:
@@ -229,7 +227,7 @@ def _with(
 def _preset(degrees: Parallel) -> str | None:
     """The option of ``parallel`` that has just these degrees."""
     for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
-        loaded = OmegaConf.merge(OmegaConf.structured(Parallel), OmegaConf.load(path))
+        loaded = OmegaConf.merge(derived.schema(Parallel), OmegaConf.load(path))
         if not OmegaConf.missing_keys(loaded) and degrees == OmegaConf.to_object(loaded):
             return path.stem
     return None

@@ -54,7 +54,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
     @functools.cache
     def made(proposal: Proposal) -> Cell:
         cell = compose.cell(composer, [*kept, *proposal.overrides], list(proposal.overrides), outputs)
-        launch.label_for_wandb(cell, folder)
+        cell = launch.label_for_wandb(cell, folder)
         folder.add([cell], command)
         return cell
 
