@@ -1,10 +1,12 @@
-"""Hydra's side of the command line: where conf/ is, resolvers, the gate before anything is created, clear errors."""
+"""Hydra's side of the command line: resolvers, the job that a composed configuration is, clear errors."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +19,32 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from gpt.config.derived import needs_checkpoint
+from gpt.config.derived import needs_checkpoint, schema
 from gpt.config.rules import check, known_keys, suggest
 from gpt.config.schema import Config, Task
 from gpt.plan import auto_parallel
 from gpt.plan.devices import calibrated
+from gpt.plan.explain import AutoParallelResult
 from gpt.runs import source
 from gpt.runs.run_dir import find_existing, run_name
 from gpt.utils.errors import UserError
 from gpt.utils.files import cache_dir, conf_dir
 
 TRAINED = [task for task in Task if needs_checkpoint(task)]
+OUTPUTS = Path("outputs")
 FREE_TEXT = ("prompt", "generate.prompt", "notes")
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def register() -> None:
-    """Tell Hydra the schema, the resolvers used in conf/, and the gate."""
+    """Register the schema, the resolvers used in conf/, the preflight callback and the grid's plugins with Hydra."""
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("cache_dir", cache_dir, replace=True)
     OmegaConf.register_new_resolver("calibrated", calibrated, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_dir", _run_dir, replace=True)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=schema())
     store.store(
         group="hydra/callbacks", name="gate", node={"gate": {"_target_": "hydra_plugins.gpt_grid.PreflightCallback"}}
     )
@@ -48,58 +52,88 @@ def register() -> None:
         store.store(group=f"hydra/{group}", name=name, node={"_target_": f"hydra_plugins.gpt_grid.{plugin}"})
 
 
-def _run_name(*, _root_: DictConfig) -> str:
-    hydra = _root_.hydra
-    return name_of_run(job_config(_root_), dict(hydra.runtime.choices), list(hydra.overrides.task), Path("outputs"))
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A command that has been composed, resolved and checked, which happens once.
+
+    Attributes:
+        config: with all degrees chosen.
+        name: of its run.
+        overrides: as given on the command line.
+        choice: what ``parallel=auto`` chose, or None where it had nothing to choose.
+    """
+
+    config: Config
+    name: str
+    overrides: list[str]
+    choice: AutoParallelResult | None
+
+    def run_dir(self, outputs: Path) -> Path:
+        """Return the run's folder: what ``checkpoint`` names for a task that reads one, else one in ``outputs``."""
+        if self.config.checkpoint and needs_checkpoint(self.config.task):
+            return source.results_dir(Path(self.config.checkpoint))
+        return outputs / self.name
 
 
-def name_of_run(composed: DictConfig, choices: dict[str, Any], overrides: Sequence[str], outputs: Path) -> str:
-    """The run of a configuration, as it is called in ``outputs`` if it is there under another preset's name."""
-    config, _ = auto_parallel.resolve_auto(composed, choices, overrides, source.config_of)
-    resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    assert isinstance(resolved, dict)
-    plain = {str(key): value for key, value in resolved.items()}
-    return find_existing(run_name(plain, auto_parallel.name(plain["parallel"], str(choices.get("parallel")))), outputs)
+COMMAND: ContextVar[ResolvedJob] = ContextVar("COMMAND")  # of a single run: from PreflightCallback to main
 
 
-def _run_dir(*, _root_: DictConfig) -> str:
-    if _root_.get("checkpoint") and _root_.task in TRAINED:
-        return str(source.results_dir(Path(str(_root_.checkpoint))))
-    return f"outputs/{_run_name(_root_=_root_)}"
-
-
-def job_config(composed: DictConfig) -> DictConfig:
-    """The composed configuration without Hydra's own part."""
-    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-
-
-def validate(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> tuple[Config | None, list[str]]:
-    """The typed configuration with all degrees chosen, and all problems.
+def resolve(composed: DictConfig, choices: Any, overrides: Sequence[str], outputs: Path = OUTPUTS) -> ResolvedJob:
+    """Choose degrees that have no value, check everything, and name the run.
 
     Args:
         composed: what Hydra composed, without its ``hydra`` node.
         choices: the option chosen for each config group.
         overrides: of the command: what they name is not for ``parallel=auto`` to choose.
-    """
-    choices = dict(choices)
-    whole, problems = auto_parallel.resolve_auto(composed, choices, overrides, source.config_of)
-    return (None, problems) if problems else check(auto_parallel.for_task(whole, composed), choices)
-
-
-def validate_or_fail(composed: DictConfig, choices: Any, overrides: Sequence[str]) -> Config:
-    """The same.
+        outputs: the folder of runs.
 
     Raises:
         UserError: listing every problem.
     """
-    config, problems = validate(composed, choices, overrides)
+    choices = dict(choices)
+    filled, problems, choice = auto_parallel.resolve_auto(composed, choices, overrides, source.config_of)
+    if problems:
+        raise UserError.of(problems)
+    config, problems = check(auto_parallel.for_task(filled, composed), choices)
     if problems or config is None:
         raise UserError.of(problems)
-    return config
+    return ResolvedJob(config, _name(filled, choices, outputs), list(overrides), choice)
+
+
+def name_of_run(composed: DictConfig, choices: dict[str, Any], overrides: Sequence[str], outputs: Path) -> str:
+    """Return the run's name for a configuration that need not be possible, as ``--cfg`` shows it."""
+    filled, _, _ = auto_parallel.resolve_auto(composed, choices, overrides, source.config_of)
+    return _name(filled, choices, outputs)
+
+
+def _name(filled: DictConfig, choices: dict[str, Any], outputs: Path) -> str:
+    """Return the run's name, or that of the run of the same configuration in ``outputs`` under another preset."""
+    resolved = OmegaConf.to_container(filled, resolve=True, enum_to_str=True)
+    assert isinstance(resolved, dict)
+    plain = {str(key): value for key, value in resolved.items()}
+    return find_existing(run_name(plain, auto_parallel.name(plain["parallel"], str(choices.get("parallel")))), outputs)
+
+
+def _run_name(*, _root_: DictConfig) -> str:
+    if job := COMMAND.get(None):
+        return job.name
+    hydra = _root_.hydra
+    return name_of_run(job_config(_root_), dict(hydra.runtime.choices), list(hydra.overrides.task), OUTPUTS)
+
+
+def _run_dir(*, _root_: DictConfig) -> str:
+    if _root_.get("checkpoint") and _root_.task in TRAINED:
+        return str(source.results_dir(Path(str(_root_.checkpoint))))
+    return str(OUTPUTS / _run_name(_root_=_root_))
+
+
+def job_config(composed: DictConfig) -> DictConfig:
+    """Return the composed configuration without Hydra's own part."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def compose_job(overrides: list[str]) -> Config:
-    """The typed configuration of a command line, for scripts.
+    """Compose and check a command line, for scripts.
 
     Raises:
         UserError: listing every problem.
@@ -107,22 +141,22 @@ def compose_job(overrides: list[str]) -> Config:
     register()
     with initialize_config_dir(config_dir=conf_dir(), version_base="1.3", job_name="gpt"):
         composed = compose("config", overrides, return_hydra_config=True)
-    return validate_or_fail(job_config(composed), composed.hydra.runtime.choices, overrides)
+    return resolve(job_config(composed), composed.hydra.runtime.choices, overrides).config
 
 
 def fail(message: str) -> None:
-    """Say it on standard error and leave with 2: bad input, nothing started."""
+    """Print the message on standard error and exit with 2: bad input, nothing started."""
     print(message, file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def explain(error: BaseException, arguments: list[str]) -> str:
-    """Why the command line could not be composed."""
+    """Return why the command line could not be composed."""
     return str(UserError.of(reasons(error, overrides_of(arguments))))
 
 
 def reasons(error: BaseException, overrides: list[str]) -> list[str]:
-    """Why these overrides could not be composed: each is tried alone, so all bad ones are named."""
+    """Return why overrides could not be composed: each is tried alone, so that all bad ones are named."""
     return [problem for override in overrides if (problem := _alone(override))] or [_first_lines(error)]
 
 
@@ -144,23 +178,23 @@ def _alone(override: str) -> str | None:
 
 
 def quote_free_text(arguments: list[str]) -> list[str]:
-    """The command's arguments, what is free text quoted as Hydra wants it: commas, brackets and spaces are text there.
+    """Quote the arguments that are free text for Hydra: commas, brackets and spaces are text there.
 
     Example:
         >>> quote_free_text(["prompt=Hello, (world", "seed=1", "prompt='as it is'"])
         ['prompt="Hello, (world"', 'seed=1', "prompt='as it is'"]
     """
-    found = []
+    result = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         free = equals and key.lstrip("+") in FREE_TEXT and not quoted
-        found.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}" if free else argument)
-    return found
+        result.append(f"{key}={QuotedString(value, Quote.double).with_quotes()}" if free else argument)
+    return result
 
 
 def overrides_of(arguments: list[str]) -> list[str]:
-    """The ``key=value`` arguments among those of the command."""
+    """Return the ``key=value`` arguments among those of the command."""
     from hydra._internal.utils import get_args_parser
 
     overrides: list[str] = get_args_parser().parse_known_args(arguments)[0].overrides
@@ -168,7 +202,7 @@ def overrides_of(arguments: list[str]) -> list[str]:
 
 
 def wants_grid(arguments: list[str]) -> bool:
-    """Whether the command asks for a grid (``-m``)."""
+    """Return whether the command asks for a grid (``-m``)."""
     from hydra._internal.utils import get_args_parser
 
     parsed = get_args_parser().parse_known_args(arguments)[0]
@@ -176,7 +210,7 @@ def wants_grid(arguments: list[str]) -> bool:
 
 
 def _expand(override: str) -> list[str]:
-    """The single overrides of a sweep."""
+    """Return the single overrides of a sweep."""
     parsed = OverridesParser.create().parse_override(override)
     if not parsed.is_sweep_override():
         return [override]
@@ -184,7 +218,7 @@ def _expand(override: str) -> list[str]:
 
 
 def _translate(override: str, error: Exception) -> str:
-    """Hydra's message in one sentence, with a suggestion."""
+    """Return Hydra's message in one sentence, with a suggestion."""
     text = str(error)
     key = override.lstrip("+~").split("=")[0]
     if "Could not override" in text or "not in" in text.split("\n", maxsplit=1)[0]:

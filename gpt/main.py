@@ -28,19 +28,18 @@ cli.register()
 
 
 @hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")
-def _composed(composed: DictConfig) -> float | None:
-    """A single run: a grid's cells are started as ``launchers.sweep.run_cell``."""
+def _composed(_: DictConfig) -> float | None:
+    """Do what ``PreflightCallback`` resolved; a grid's cells are started as ``launchers.sweep.run_cell``."""
     hydra_config = HydraConfig.get()
     if hydra_config.mode is RunMode.MULTIRUN:
         cli.fail("1 problem, nothing was started:\n  - hydra/launcher: grids run with hydra/launcher=pool, the default")
-    config = cli.validate_or_fail(composed, hydra_config.runtime.choices, list(hydra_config.overrides.task))
-    run_dir = Path(hydra_config.runtime.output_dir)
+    job, run_dir = cli.COMMAND.get(), Path(hydra_config.runtime.output_dir)
     try:
-        if cluster_rules.is_away(config):
-            remote.single(config, run_dir, list(hydra_config.overrides.task))
+        if cluster_rules.is_away(job.config):
+            remote.single(job.config, run_dir, job.overrides)
             _remove_if_empty(run_dir)  # shown, not submitted
             return None
-        return driver.run(config, run_dir, list(hydra_config.overrides.task))
+        return driver.run(job.config, run_dir, job.overrides, job.choice)
     except exit_codes.ERRORS as error:
         if isinstance(error, UserError):
             _remove_if_empty(run_dir)  # Hydra has made it by now
@@ -48,7 +47,7 @@ def _composed(composed: DictConfig) -> float | None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Together with the folder around it, if that is then empty too."""
+    """Remove an empty folder, together with the folder around it if that is then empty too."""
     if folder.resolve() == Path.cwd():
         return  # a plan has no run directory
     with contextlib.suppress(OSError):

@@ -16,14 +16,16 @@ from gpt.config.derived import world_size
 from gpt.config.schema import Config, Ranks
 from gpt.data import corpus, tokenizer_files
 from gpt.plan import summary
+from gpt.plan.explain import AutoParallelResult
 from gpt.runs import source
 from gpt.runs.run_dir import Job
 from gpt.tasks.spec import Command
+from gpt.utils import launch_env
 from gpt.utils.console import Console
 from gpt.utils.errors import UserError
 from gpt.utils.files import Lock
 from gpt.utils.launch_env import LaunchEnvironment
-from launchers import checks, job, rendezvous, slurm
+from launchers import checks, job, slurm
 
 
 @dataclass
@@ -59,7 +61,9 @@ def preflight(config: Config, run_dir: Path, data_problems: Callable[[Config], l
     trained = source.job(config, run_dir) if facts.needs_checkpoint else None
     problems = []
     if facts.ranks is not Ranks.none:
-        problems += slurm.problems(config, rendezvous.hub().role, os.environ) if away else _machine_problems(config)
+        problems += (
+            slurm.problems(config, launch_env.detect(os.environ), os.environ) if away else _machine_problems(config)
+        )
     if facts.trains:
         problems += data_problems(config)
     problems += tasks.spec(config.task).check(Command(config, run_dir, [], trained))
@@ -69,12 +73,12 @@ def preflight(config: Config, run_dir: Path, data_problems: Callable[[Config], l
 
 def _machine_problems(config: Config) -> list[str]:
     """Return what keeps the ranks from running on this host, or on those that were started with it."""
-    role, ranks = rendezvous.hub().role, world_size(config)
+    role, ranks = launch_env.detect(os.environ), world_size(config)
     problems = role.problems(ranks, dict(summary.summary(config))["ranks"])
     return problems + checks.problems(config, role.here(ranks))
 
 
-def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
+def run(config: Config, run_dir: Path, overrides: list[str], choice: AutoParallelResult | None = None) -> float | None:
     """Do the task; return the validation loss for a sweeper to minimise.
 
     Raises:
@@ -87,8 +91,9 @@ def run(config: Config, run_dir: Path, overrides: list[str]) -> float | None:
     if facts.ranks is not Ranks.none:
         cluster = dataclasses.replace(config.cluster, device=derived.resolve_device(config))
         config = dataclasses.replace(config, cluster=cluster)
-    role = LaunchEnvironment() if facts.ranks is Ranks.none else rendezvous.hub().role
-    command = Command(config, run_dir, overrides, source.job(config, run_dir) if facts.needs_checkpoint else None)
+    role = LaunchEnvironment() if facts.ranks is Ranks.none else launch_env.detect(os.environ)
+    trained = source.job(config, run_dir) if facts.needs_checkpoint else None
+    command = Command(config, run_dir, overrides, trained, choice)
     return task.run(_on_named_data(command, console), Driver(console, role))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,11 @@ from gpt.utils.console import Console
 from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.files import Lock
 from gpt.utils.launch_env import WorkerEnv
-from gpt.utils.signals import BAD_INPUT, FAILED, GUARD
-from launchers import local, rank_env, rendezvous
-from launchers.outcome import Outcome
+from gpt.utils.outcome import Outcome
+from gpt.utils.signals import GUARD
+from gpt.utils.watchdog import Watchdog
+from launchers import external, local, rank_env
 from launchers.rank_env import RankEnv
-from launchers.watchdog import Watchdog
 
 PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before they end
 
@@ -49,6 +48,14 @@ def locked(run_dir: Path, console: Console) -> Iterator[Lock]:
 def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     """Run the workers; their lines and records appear as they come.
 
+    Where an external launcher has started this process for one rank, it becomes the worker and does not return.
+
+    Args:
+        job: to run.
+        file: of the job.
+        console: of the driver.
+        lock: of the run, which the workers keep.
+
     Raises:
         JobFailed: a worker ended with anything but 0.
     """
@@ -59,8 +66,15 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     # One rank has nobody to wait for.
     watchdog = Watchdog(logs, ranks, config.cluster.hang_seconds if ranks > 1 else 0, records.path)
     heartbeat.clear(logs)
-    hub = rendezvous.hub()
-    hub.announce(job.run_dir, file, hub.role.share(ranks))
+    server, sizes = external.server(), external.log_sizes(logs, ranks)
+    role, share = server.role, server.role.share(ranks)
+    keep = WorkerEnv.from_env(os.environ).slot_locks + ((lock.descriptor,) if lock else ())
+    server.hand_over(job.run_dir, file, share)
+    peers = server.peers(logs, sizes, share)
+    if role.starter and share == 1:
+        descriptors = tuple(peer.connection.socket.fileno() for peer in peers if peer.connection)
+        settings = WorkerEnv(terminal=terminal, peers=descriptors, log_sizes=sizes, concludes=True)
+        external.become_worker(role, job, file, settings, keep)
     with console.progress(config.trainer.max_steps if training else None) as progress:
 
         def poll() -> Outcome | None:
@@ -69,43 +83,23 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
             return Outcome(GUARD, reason=stuck) if stuck else None
 
         def choose() -> list[RankEnv]:
-            if hub.role.starter:
-                return rank_env.places(hub.role, os.environ, ranks, gpu=gpu)
+            if role.starter:
+                return rank_env.places(role, os.environ, ranks, gpu=gpu)
             return rank_env.here(ranks, gpu=gpu)
 
+        settings = WorkerEnv(parent=os.getpid(), live=progress.live, terminal=terminal)
         outcome = local.run_workers(
             ["-m", "gpt.worker", str(job.run_dir), str(file)],
             choose,
             logs,
-            local.environment(config, hub.role.here(ranks), WorkerEnv(live=progress.live, terminal=terminal)),
+            local.environment(config, role.here(ranks), settings),
             show=progress.line,
             poll=poll,
-            others=hub.remotes,
-            hand_over=WorkerEnv.from_env(os.environ).slot_locks + ((lock.descriptor,) if lock else ()),
+            others=peers,
+            hand_over=keep,
             terminal=terminal,
-            retry=not hub.role.starter,
+            retry=not role.starter,
         )
         poll()
     if outcome.code:
-        raise _failure(outcome, logs / f"worker.{outcome.rank}.log", watchdog)
-
-
-def _failure(outcome: Outcome, log: Path, watchdog: Watchdog) -> JobFailed:
-    """What the user is told; the lines of rank 0 are on the terminal already, those of another rank are not."""
-    if outcome.reason:
-        return JobFailed(outcome.reason, outcome.code)
-    if outcome.waited and not outcome.signal:  # Paddle's Gloo gives up after 30 s, long before the watchdog
-        message = f"STOPPED: worker {outcome.rank} waited for the others in vain. {watchdog.missing()}"
-        return JobFailed(f"{message}; the logs: {log.parent}/worker.R.log", GUARD)
-    stopped = outcome.signal and outcome.code == 128 + outcome.signal
-    if stopped or (outcome.code == BAD_INPUT and outcome.rank == 0):  # what it had to say is said
-        return JobFailed("", outcome.code)
-    if outcome.signal and outcome.code < 0:
-        return JobFailed(f"ended by {outcome.signal.name} before it could save", 128 + outcome.signal)
-    if outcome.code < 0:
-        name = signal.Signals(-outcome.code).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        message = f"worker {outcome.rank} was ended by {name}{hint}; the same command goes on from the last checkpoint"
-        return JobFailed(f"{message}{outcome.shown}", FAILED)
-    message = f"worker {outcome.rank} ended with exit code {outcome.code}; its log: {log}"
-    return JobFailed(f"{message}{outcome.shown if outcome.rank else ''}", outcome.code)
+        raise JobFailed(*outcome.report(logs, watchdog.missing))

@@ -17,8 +17,8 @@ from gpt import tasks
 from gpt.config.schema import Config
 from gpt.utils import machine
 from gpt.utils.launch_env import WorkerEnv
+from gpt.utils.outcome import END_SECONDS, GRACE_SECONDS, Outcome, RankHandle, last_lines, root_cause
 from launchers import checks
-from launchers.outcome import END_SECONDS, GRACE_SECONDS, READ_LINES, Outcome, RankHandle, root_cause
 from launchers.rank_env import RankEnv
 
 DEFAULTS = WorkerEnv()
@@ -35,7 +35,7 @@ def environment(config: Config, ranks: int, own: WorkerEnv = DEFAULTS) -> dict[s
     Args:
         config: of the job.
         ranks: workers on this host, which share its cores.
-        own: what the worker is told; it ends with this process.
+        own: settings of the worker.
     """
     foreign = ("PADDLE_", "FLAGS_selected_", "POD_", "TRAINING_ROLE", "HYDRA_FULL_ERROR")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
@@ -52,7 +52,7 @@ def environment(config: Config, ranks: int, own: WorkerEnv = DEFAULTS) -> dict[s
         "GLOG_minloglevel": "2",  # no news of the sockets of Paddle
         "PYTHONUNBUFFERED": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")])),
-        **replace(own, parent=os.getpid()).to_env(),
+        **own.to_env(),
     }
 
 
@@ -126,10 +126,8 @@ class Worker:
         return ""
 
     def last_lines(self) -> tuple[str, ...]:
-        """The end of what it wrote in this start."""
-        with open(self.log, "rb") as file:
-            file.seek(max(self._begin, self.log.stat().st_size - 64 * 1024))
-            return tuple(file.read().decode("utf-8", errors="replace").splitlines()[-READ_LINES:])
+        """Return the end of its log of this start."""
+        return last_lines(self.log, self._begin)
 
     def last_written(self) -> float:
         """When it last wrote a line."""
@@ -232,8 +230,7 @@ def _watch(
         verdict = poll()
         failed = root_cause(everyone, time.monotonic(), received.number)
         if failed is not None:
-            assert failed.code
-            return Outcome(failed.code, failed.rank, failed.last_lines(), received.number)
+            return Outcome.of(failed, received.number)
         if all(code == 0 for code in codes):
             return Outcome(0)
         if verdict is not None:

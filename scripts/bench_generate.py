@@ -11,6 +11,7 @@ prompt, decoding what each further step takes. ``--write`` puts the tables into 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -122,8 +123,7 @@ def start(variant: str, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": str(machine.cores()), "GLIBC_TUNABLES": local.MALLOC}
     if variant == "ours":
         config = configuration(arguments.model, 1, 0.0)
-        config.task = Task.generate
-        env = local.environment(config, 1)
+        env = local.environment(dataclasses.replace(config, task=Task.generate), 1)
     options = ["--model", arguments.model, "--prompt", str(arguments.prompt), "--new", str(arguments.new)]
     batches = ["--batch", *map(str, arguments.batch)]
     return child_of(__file__, [*options, *batches, "--serve", variant], env)

@@ -24,6 +24,7 @@ with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
     warnings.simplefilter("ignore")
     import paddle  # noqa: F401
 
+import harness  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
@@ -51,6 +52,7 @@ SMALL = [
     "trainer.eval_batches=2",
     "schedule.warmup_steps=2",
     "schedule.decay_steps=20",
+    "cluster.threads=1",
 ]
 
 
@@ -130,7 +132,7 @@ def composed(overrides: list[str]) -> tuple[DictConfig, dict[str, Any]]:
 def configured(overrides: list[str]) -> Config:
     """The typed configuration, on the CPU."""
     overrides = ["cluster.device=cpu", *overrides]
-    return cli.validate_or_fail(*composed(overrides), overrides)
+    return cli.resolve(*composed(overrides), overrides).config
 
 
 @dataclass
@@ -148,13 +150,16 @@ class Ran:
 
 @pytest.fixture
 def gpt(tmp_path: Path) -> Callable[..., Ran]:
-    """Runs ``python -m gpt.main`` in an empty folder, as a user would."""
+    """Runs ``python -m gpt.main`` in an empty folder, as a user would; forked, unless with a path of its own."""
 
     def run(*arguments: str, env: dict[str, str] | None = None, timeout: float = 120) -> Ran:
+        env = {"PYTHONPATH": str(ROOT), **(env or {})}
+        if env["PYTHONPATH"] == str(ROOT):
+            return Ran(*harness.command(list(arguments), tmp_path, {**os.environ, **env}, timeout))
         done = subprocess.run(
             [sys.executable, "-m", "gpt.main", *arguments],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**os.environ, **env},
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from safetensors.numpy import load_file
 
-from gpt.config.derived import typed
+from gpt.config.derived import replace_in, typed
 from gpt.config.parameters import parameter_shapes
 from gpt.config.schema import Config, Model
 from gpt.model.gpt import GPT
@@ -81,7 +81,7 @@ def loaded(folder: Path) -> GPT:
     """The model of a checkpoint folder, as task=generate has it."""
     found = checkpoint.load_or_fail(folder, print)
     config = typed(found.state["config"])
-    config.cluster.device = "cpu"  # type: ignore[assignment]
+    config = replace_in(config, {"cluster.device": "cpu"})
     engine = Trainer(config, Topology(config.parallel, "cpu"), train=False)  # type: ignore[arg-type]
     engine.load(found.model(), None, {})
     engine.model.eval()

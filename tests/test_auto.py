@@ -11,7 +11,7 @@ from conftest import SMALL, configured
 from gpt import cli
 from gpt.config import parameters
 from gpt.config.cluster import Device
-from gpt.config.derived import plain
+from gpt.config.derived import plain, replace_in
 from gpt.config.parameters import parameter_shapes
 from gpt.config.schema import EngineKind, Task
 from gpt.parallel.semi_auto import MeshPlacement
@@ -55,9 +55,9 @@ def test_what_the_engine_is_not_asked_for_is_refused_with_a_remedy(overrides: li
 )
 def test_what_has_no_kernel_on_a_cpu_is_refused_there(overrides: list[str]) -> None:
     config = configured([*SMALL, *overrides])
-    config.cluster.device = Device.cpu
+    config = replace_in(config, {"cluster.device": Device.cpu})
     assert any("needs a GPU" in problem for problem in checks.problems(config, 4))
-    config.task = Task.generate
+    config = replace_in(config, {"task": Task.generate})
     assert not any("needs a GPU" in problem for problem in checks.problems(config, 4))
 
 

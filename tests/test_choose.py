@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from gpt.config.cluster import Device
 from gpt.config.derived import global_batch_size, plain, world_size
 from gpt.config.schema import Config, Parallel, Recompute, degrees_name
 from gpt.plan import auto_parallel, explain, search
+from gpt.plan.explain import AutoParallelResult
 from gpt.runs import run_dir, source
 from gpt.tasks import plan
 from gpt.utils import machine
@@ -38,11 +38,20 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "cores", lambda: 2)
     monkeypatch.setattr(machine, "memory_gib", lambda: 16.0)
-    auto_parallel._CHOSEN.clear()
+
+
+def resolved(*overrides: str) -> cli.ResolvedJob:
+    return cli.resolve(*composed(list(overrides)), list(overrides))
 
 
 def planned(*overrides: str) -> Config:
-    return cli.validate_or_fail(*composed([*PLAN, *overrides]), [*PLAN, *overrides])
+    return resolved(*PLAN, *overrides).config
+
+
+def chosen(*overrides: str) -> AutoParallelResult:
+    choice = resolved(*PLAN, *overrides).choice
+    assert choice is not None
+    return choice
 
 
 def refused(*overrides: str) -> str:
@@ -83,9 +92,9 @@ def test_on_a_cpu_there_is_a_rank_per_core_and_the_run_is_that_of_the_preset() -
 @pytest.mark.parametrize("model", ["tiny", "1.3b"])
 def test_the_degrees_by_hand_are_the_same_run(model: str) -> None:
     job = [f"model={model}", *A100, "data=tokens", "data.path=x"]
-    found, command = auto_parallel._TAKEN[auto_parallel._key(planned(*job, "plan.devices=8"))]
-    by_hand = cli.validate_or_fail(*composed([*job, *shlex.split(command)]), [])
-    assert by_hand.parallel == found.taken.parallel
+    choice = chosen(*job, "plan.devices=8")
+    by_hand = resolved(*job, *auto_parallel.equivalent_overrides(choice, choice.taken.parallel)).config
+    assert by_hand.parallel == choice.taken.parallel
     names = [run_dir.run_name(plain(job), "x") for job in (by_hand, planned(*job, "plan.devices=8"))]
     assert names[0] == names[1]
 
@@ -103,7 +112,6 @@ def test_a_run_is_found_again_in_whatever_words_its_degrees_were_typed(tmp_path:
 
 def test_the_same_command_chooses_the_same() -> None:
     first = planned("model=1.3b", *A100)
-    auto_parallel._CHOSEN.clear()
     assert planned("model=1.3b", *A100) == first
 
 
@@ -167,12 +175,12 @@ def test_other_problems_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cores_that_do_not_divide_the_batch_are_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 6)
     assert world_size(planned()) == 4
-    assert "4 of 6 cores of this host" in auto_parallel._TAKEN[auto_parallel._key(planned())][0].where
+    assert "4 of 6 cores of this host" in chosen().where
 
 
 def test_a_host_that_was_not_measured_says_what_is_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "device_cpu.json").unlink()
-    auto_parallel.show(planned(), Console())
+    auto_parallel.show(chosen(), planned(), Console())
     shown = capsys.readouterr().out
     assert "assumed  device.bandwidth_gb_s=10; " in shown
     assert "times only compare" in shown
@@ -189,14 +197,14 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gpus_are_counted_and_looked_up_by_name(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     job = ["model=345m", "precision=bf16", "data=tokens", "data.path=x", "parallel=auto"]
-    taken = cli.validate_or_fail(*composed(job), job)
+    taken = resolved(*job).config
     assert taken.parallel == planned("model=345m", *A100, "plan.devices=8").parallel
     assert taken.device.name is None  # nothing was stated, and the run is the same
     monkeypatch.setattr(machine, "gpu_name", lambda: "Some GPU")
     with pytest.raises(UserError, match=r"how much memory Some GPU has is not known: .* device\.memory_gib"):
-        cli.validate_or_fail(*composed(job), job)
+        resolved(*job)
     more = [*job, "device.memory_gib=24"]
-    assert world_size(cli.validate_or_fail(*composed(more), more)) == 8
+    assert world_size(resolved(*more).config) == 8
 
 
 def test_ranks_that_others_started_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,8 +247,8 @@ def test_a_checkpoint_is_read_by_the_layout_of_its_own_model(monkeypatch: pytest
 
 
 def test_every_sentence_says_what_the_other_spends(capsys: pytest.CaptureFixture[str]) -> None:
-    taken = planned("model=1.3b", "plan.devices=8", *A100)
-    plan.show(taken, Console(), [])
+    job = resolved(*PLAN, "model=1.3b", "plan.devices=8", *A100)
+    plan.show(job.config, Console(), [], job.choice)
     shown = capsys.readouterr().out
     assert "== parallel=auto: 209 layouts of 8 x a100_80 fit ==" in shown
     assert re.search(r"1 +\d\.\d% faster than 2, which spends .* of a step more on the update", shown)
@@ -255,7 +263,8 @@ def test_the_choice_reads_well_in_a_narrow_terminal(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
-    auto_parallel.show(planned("model=175b", "plan.devices=128", *A100), Console())
+    job = resolved(*PLAN, "model=175b", "plan.devices=128", *A100)
+    auto_parallel.show(job.choice, job.config, Console())
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert max(map(len, shown.splitlines())) <= 80
     (row,) = [line for line in shown.splitlines() if line.startswith(" 1  sharding8/1 mp4+sp ")]
@@ -266,8 +275,10 @@ def test_a_grid_of_plans_chooses_for_each(capsys: pytest.CaptureFixture[str]) ->
     cells: list[tuple[list[str], Config | list[str]]] = []
     for size in ("345m", "175b"):
         overrides = [*PLAN, f"model={size}", *A100]
-        config, problems = cli.validate(*composed(overrides), overrides)
-        cells.append((overrides, problems if problems or config is None else config))
+        try:
+            cells.append((overrides, resolved(*overrides).config))
+        except UserError as error:
+            cells.append((overrides, error.problems))
     plan.show_grid(cells, Console())
     shown = capsys.readouterr().out
     assert re.search(r"345m +sharding8/2 +64=1x8", shown)  # a node of the device that is stated

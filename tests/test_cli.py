@@ -163,3 +163,31 @@ def test_the_console_script_completes(gpt: Run) -> None:
         return
     done = subprocess.run([script, "-sc", "install=bash"], capture_output=True, text=True, check=True)
     assert "complete" in done.stdout
+
+
+COUNTED = """
+import collections, sys
+from gpt import cli, main
+from gpt.plan import auto_parallel, explain
+calls = collections.Counter()
+def count(module, name):
+    function = getattr(module, name)
+    def call(*arguments):
+        calls[name] += 1
+        return function(*arguments)
+    setattr(module, name, call)
+for module, name in ((auto_parallel, "resolve_auto"), (explain, "choose"), (cli, "check"), (cli, "run_name")):
+    count(module, name)
+main.driver.run = lambda job, run_dir, _, choice: print(run_dir.name, job.parallel == choice.taken.parallel)
+try:
+    main.main()
+finally:
+    print(*calls.values())
+"""
+
+
+def test_a_command_is_resolved_checked_and_named_once(small: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", COUNTED, *small, "parallel=auto", "plan.devices=2"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    name, same, *counts = ran.stdout.split()
+    assert (name[:5], same, counts) == ("tiny_", "True", ["1"] * 4), ran.stderr

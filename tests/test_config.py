@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,13 @@ def test_a_published_combination_has_the_published_batch(model: str, parallel: s
 
 @pytest.mark.parametrize("parallel", [name for name in options("parallel") if name != "auto"])
 @pytest.mark.parametrize("model", options("model"))
-def test_every_model_composes_with_every_parallel_preset(model: str, parallel: str) -> None:
-    overrides = [f"model={model}", f"parallel={parallel}", "data=tokens", "data.path=x"]
-    config, choices = composed(overrides)
-    typed, problems = check(config, choices)
+def test_every_model_goes_with_every_parallel_preset(model: str, parallel: str) -> None:
+    # Each file has values of its own section only, so a pair is the one's composition with the other's section.
+    data = ("data=tokens", "data.path=x")
+    config, choices = composed([f"model={model}", *data])
+    config.parallel = composed([f"parallel={parallel}", *data])[0].parallel
+    typed, problems = check(config, {**choices, "parallel": parallel})
     assert typed is not None
-    world = derived.world_size(typed)
     # What cannot be divided is refused for the reason that it cannot be divided, and for no other.
     indivisible = typed.model.heads % typed.parallel.mp_degree or typed.model.layers % typed.parallel.pp_degree
     unit = derived.micro_batch_size(typed) * derived.replicas(typed)
@@ -74,8 +76,8 @@ def test_every_model_composes_with_every_parallel_preset(model: str, parallel: s
     assert bool(problems) == bool(indivisible), problems
     assert all("not divisible" in p for p in problems)
     assert derived.padded_vocab(typed) % (128 * typed.parallel.mp_degree) == 0
-    assert world == typed.parallel.dp_degree * typed.parallel.sharding_degree * typed.parallel.mp_degree * (
-        typed.parallel.pp_degree
+    assert derived.world_size(typed) == typed.parallel.dp_degree * typed.parallel.sharding_degree * (
+        typed.parallel.mp_degree * typed.parallel.pp_degree
     )
 
 
@@ -84,7 +86,7 @@ def test_every_other_option_composes(group: str) -> None:
     needed = {"text": ["data.path=x"], "tokens": ["data.path=x"], "blend": ["data.blend=[{path: a, weight: 1.0}]"]}
     for option in options(group):
         extra = needed.get(option, []) if group == "data" else ["data=tokens", "data.path=x"]
-        extra += ["prepare.input=x", "prepare.output=x"] if option == "prepare" else []
+        extra += {"prepare": ["prepare.input=x", "prepare.output=x"], "export": ["export.output=x"]}.get(option, [])
         config, choices = composed([f"{group}={option}", *extra])
         assert check(config, choices)[1] == [], (group, option)
 
@@ -100,7 +102,7 @@ def test_padded_vocabulary_follows_the_published_table() -> None:
     # GPT-2's 50257 tokens: 50304 rows on one device, 50432 at mp 2, 51200 at mp 8 (the published presets' numbers).
     for mp, rows in ((1, 50304), (2, 50432), (8, 51200)):
         config = configured(["model=124m", "model.vocab=50257", "model.heads=16", "data=tokens", "data.path=x"])
-        config.parallel.mp_degree = mp
+        config = derived.replace_in(config, {"parallel.mp_degree": mp})
         assert derived.padded_vocab(config) == rows
 
 
@@ -159,6 +161,15 @@ def test_every_key_of_the_schema_has_a_value_in_conf_or_is_optional() -> None:
 def test_plain_and_typed_are_inverse() -> None:
     config = configured(["model=1.3b", "data=blend", "data.blend=[{path: a, weight: 1.0}]"])
     assert derived.typed(derived.plain(config)) == config
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = configured(["data=blend", "data.blend=[{path: a, weight: 1.0}]"])
+    for section, key in ((config, "seed"), (config.device.peak_tflops, "fp32"), (config.data.blend[0], "path")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(section, key, None)
+    other = derived.replace_in(config, {"seed": 3, "logger.wandb.name": "x"})
+    assert (other.seed, other.logger.wandb.name, config.logger.wandb.name) == (3, "x", None)
 
 
 def test_yaml_holds_values_only() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.config.cluster import Device
-from gpt.config.derived import plain
+from gpt.config.derived import plain, replace_in
 from gpt.config.rules import rule_problems
 from gpt.config.schema import Config
 from gpt.config.task_schemas import Detokenizer, Evaluate, EvaluateKind
@@ -252,7 +252,7 @@ def test_keys_that_do_not_go_together_are_named(overrides: list[str], expected: 
     for override in overrides:
         key, value = override.split("=")
         kinds: Any = {"kind": EvaluateKind, "detokenizer": Detokenizer, "stride": int, "path": str}
-        setattr(config.evaluate, key.removeprefix("evaluate."), kinds[key.removeprefix("evaluate.")](value))
+        config = replace_in(config, {key: kinds[key.removeprefix("evaluate.")](value)})
     found = rule_problems(config)
     assert len(found) == 1
     assert expected in found[0]
@@ -260,7 +260,7 @@ def test_keys_that_do_not_go_together_are_named(overrides: list[str], expected: 
 
 def job(tmp_path: Path, *overrides: str) -> Job:
     config = configured(["task=evaluate", *overrides])
-    config.checkpoint = str(tmp_path)
+    config = replace_in(config, {"checkpoint": str(tmp_path)})
     return Job(config, DatasetInfo([DatasetPart("x", 1.0)], "f", None, None, None, 100), tmp_path, ["python"])
 
 

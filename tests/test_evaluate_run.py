@@ -13,10 +13,9 @@ import paddle
 import pytest
 from conftest import Ran, configured
 
-from gpt import lm_eval
 from gpt.config.derived import one_rank
 from gpt.data import tokenizer
-from gpt.lm_eval import EvalModel
+from gpt.lm_eval import EvalModel, register, trained_job
 from gpt.parallel.topology import Topology
 from gpt.runs import source
 from gpt.runs.checkpoint import checkpoint
@@ -178,7 +177,7 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
          metric_list=[{"metric": "bits_per_byte"}])  # fmt: skip
     task(files, "go_on", output_type="generate_until", generation_kwargs={"until": ["\n"], "max_gen_toks": 4},
          metric_list=[{"metric": "exact_match"}])  # fmt: skip
-    lm_eval.register()
+    register()
     model = get_model("gpt")(checkpoint=str(whole), batch_size=3, device="cpu")
     manager = TaskManager(include_path=str(files), include_defaults=False)
     ran = eleuther.simple_evaluate(
@@ -204,13 +203,13 @@ def test_lm_eval_finds_the_same(whole: Path, hand: Hand, files: Path, monkeypatc
 
 
 def test_a_text_goes_on_greedily_up_to_a_stop(whole: Path, hand: Hand) -> None:
-    answers = EvalModel(lm_eval.trained_job(str(whole), "fp32", on_cpu=True))
+    model = EvalModel(trained_job(str(whole), "fp32", on_cpu=True))
     ids = hand.encode("The default")
     for _ in range(6):
         ids.append(int(hand.engine.model(paddle.to_tensor([ids])).numpy()[0, -1].argmax()))
     expected = hand.encoder.decode(ids[len(hand.encode("The default")) :])
-    assert answers.text("The default", {"max_gen_toks": 6}) == expected
+    assert model.generate("The default", {"max_gen_toks": 6}) == expected
     middle = expected[len(expected) // 2]
-    found = answers.text("The default", {"max_gen_toks": 6, "until": [middle]})
+    found = model.generate("The default", {"max_gen_toks": 6, "until": [middle]})
     assert found == expected[: expected.index(middle)]
-    assert answers.text("", {"max_gen_toks": 2})
+    assert model.generate("", {"max_gen_toks": 2})

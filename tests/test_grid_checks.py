@@ -102,10 +102,10 @@ def test_a_cell_is_composed_as_hydra_composes_it(overrides: list[str], hydra: An
     composer.compose(["seed=7", *[o for o in overrides if "=" in o and "." not in o and "seed" not in o]])  # kept
     composed, choices = composer.compose(overrides)
     whole = hydra.load_sweep_config(grid, overrides)
-    assert cli.validate_or_fail(composed, choices, overrides) == derived.typed(
-        derived.plain(cli.validate_or_fail(cli.job_config(whole), whole.hydra.runtime.choices, overrides))
-    )
-    assert cli.name_of_run(composed, choices, overrides, Path("outputs")) == str(whole.hydra.sweep.subdir)
+    cell = cli.resolve(composed, choices, overrides)
+    single = cli.resolve(cli.job_config(whole), whole.hydra.runtime.choices, overrides)
+    assert cell.config == derived.typed(derived.plain(single.config))
+    assert cell.name == single.name == str(whole.hydra.sweep.subdir)
 
 
 def test_all_problems_of_all_cells_are_told_at_once(hydra: Any) -> None:

@@ -19,12 +19,13 @@ from conftest import ROOT, configured
 from test_signals import alive
 
 from gpt.config.cluster import Device
+from gpt.config.derived import replace_in
 from gpt.utils import heartbeat, machine
+from gpt.utils import outcome as launchers_outcome
 from gpt.utils.heartbeat import Beat
+from gpt.utils.outcome import Outcome, root_cause
+from gpt.utils.watchdog import Watchdog, missing, named
 from launchers import checks, local, rank_env
-from launchers import outcome as launchers_outcome
-from launchers.outcome import Outcome, root_cause
-from launchers.watchdog import Watchdog, missing, named
 
 HEAD = f"""
 import os, signal, sys, time
@@ -314,7 +315,7 @@ def test_more_ranks_than_gpus_are_refused_with_what_fits(monkeypatch: pytest.Mon
     monkeypatch.setattr(machine, "paddle_package", lambda: ("paddlepaddle-gpu", "3.3.1"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     config = configured(["parallel=dp8", "trainer.global_batch_size=8", "trainer.micro_batch_size=1"])
-    config.cluster.device = Device.gpu
+    config = replace_in(config, {"cluster.device": Device.gpu})
     (problem,) = checks.problems(config, 8)
     assert problem == (
         "8 ranks need a GPU each, and this host has 2: "
@@ -322,5 +323,5 @@ def test_more_ranks_than_gpus_are_refused_with_what_fits(monkeypatch: pytest.Mon
         "cluster.device=cpu simulates all 8 ranks on the CPU"
     )
     assert checks.problems(config, 2) == []
-    config.cluster.device = Device.cpu
+    config = replace_in(config, {"cluster.device": Device.cpu})
     assert checks.problems(config, 8) == []

@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, metrics
 from test_signals import alive, wait_for
 
+from gpt.utils.outcome import Outcome
 from launchers import local, rank_env
-from launchers.outcome import Outcome
 
 pytestmark = pytest.mark.slow
 

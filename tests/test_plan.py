@@ -11,7 +11,7 @@ from conftest import ROOT, composed, configured
 from omegaconf import OmegaConf
 
 from gpt.config import rules
-from gpt.config.derived import accumulate_steps, padded_vocab, world_size
+from gpt.config.derived import accumulate_steps, padded_vocab, replace_in, world_size
 from gpt.config.parameters import parameter_shapes
 from gpt.config.rules import rule_problems
 from gpt.config.schema import Config, DType, Parallel, Recompute
@@ -51,7 +51,7 @@ def on(config: Config, device: str, dtype: DType = DType.bf16) -> Config:
 @pytest.mark.parametrize(("model", "parallel", "stage"), STATE)
 def test_state_per_rank(model: str, parallel: str, stage: int) -> None:
     config = configured([f"model={model}", f"parallel={parallel}", f"parallel.sharding_stage={stage}", *DATA])
-    config.precision.dtype = DType.bf16
+    config = replace_in(config, {"precision.dtype": DType.bf16})
     assert memory.memory(config).state / GIB == pytest.approx(STATE[model, parallel, stage], rel=0.01)
 
 
@@ -106,8 +106,8 @@ def test_recomputation_counts_what_is_done_twice() -> None:
 )
 def test_the_pipeline_bubble(micro_batches: int, virtual: int, bubble: float) -> None:
     config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
-    config.trainer.global_batch_size = micro_batches
-    config.parallel.virtual_pp_degree = virtual
+    config = replace_in(config, {"trainer.global_batch_size": micro_batches})
+    config = replace_in(config, {"parallel.virtual_pp_degree": virtual})
     assert step_time.pipeline_bubble(config) == pytest.approx(bubble, abs=0.005)
 
 
@@ -128,10 +128,10 @@ def test_a_block_keeps_what_korthikanti_et_al_list() -> None:
 def test_micro_batches_in_flight() -> None:
     config = configured(["model=175b", "parallel=mp8_pp16", *DATA])
     assert [memory.in_flight(config, stage) for stage in (0, 1, 15)] == [16, 15, 1]
-    config.parallel.virtual_pp_degree = 3
+    config = replace_in(config, {"parallel.virtual_pp_degree": 3})
     # Chunks; in layers of a stage p (1 + (p - 1) / (p v)) on the first (Korthikanti et al., 2022, section 4.2.3).
     assert memory.in_flight(config, 0) / 3 == pytest.approx(16 * (1 + 15 / (16 * 3)), rel=0.01)
-    config.trainer.global_batch_size = 4
+    config = replace_in(config, {"trainer.global_batch_size": 4})
     assert memory.in_flight(config, 0) == 4 * 3
 
 
@@ -188,7 +188,7 @@ def test_a_published_step_is_predicted_within_a_tenth() -> None:
     # 1, sequence parallel and selective recomputation: 13.75 s, before FlashAttention.
     shape = ["model=175b", "model.positions=2048", "trainer.global_batch_size=64", "trainer.micro_batch_size=1"]
     config = laid_out(on(configured([*shape, *DATA]), "a100_80"), mp=8, pp=8, virtual=3, sp=True)
-    config.device = dataclasses.replace(config.device, attention=Attention.matrix)
+    config = replace_in(config, {"device.attention": Attention.matrix})
     found = step_time.cost(config)
     assert found is not None
     assert found.seconds == pytest.approx(13.75, rel=0.1)
@@ -200,8 +200,8 @@ def test_the_bubble_of_even_stages_is_the_closed_form() -> None:
     shape = ["model=175b", "model.vocab=128", "model.positions=2048", "model.dropout=0", *DATA]
     config = laid_out(on(configured(shape), "a100_80"), mp=1, pp=16)
     for micros, virtual in ((16, 1), (64, 1), (64, 6)):
-        config.trainer.global_batch_size = micros
-        config.parallel.virtual_pp_degree = virtual
+        config = replace_in(config, {"trainer.global_batch_size": micros})
+        config = replace_in(config, {"parallel.virtual_pp_degree": virtual})
         found, times = step_time.cost(config), step_time.stage_times(config)
         assert found is not None
         assert times is not None
@@ -266,7 +266,7 @@ def test_mfu_is_counted_with_the_device_that_runs() -> None:
     planned = configured(["device=a100_80"])
     assert devices.peak_here(planned, "CPU") is None  # a run on a CPU that was planned for another device
     chosen, known = on(planned, "h100"), on(planned, "h100")
-    known.device = configured([]).device
+    known = replace_in(known, {"device": configured([]).device})
     assert devices.peak_here(chosen, "Something new") == 989e12
     assert devices.peak_here(known, "NVIDIA A100-PCIE-40GB") == 312e12
     assert devices.peak_here(known, "Something new") is None

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import DATA, GIB, laid_out, on
 
-from gpt.config.derived import global_batch_size, world_size
+from gpt.config.derived import global_batch_size, replace_in, world_size
 from gpt.config.rules import check, rule_problems
 from gpt.config.schema import Config, DType, Recompute
 from gpt.plan import devices, explain, flops, memory, report, search, step_time
@@ -74,7 +74,7 @@ def test_thousands_of_devices_are_searched(gpt_175b: Config) -> None:
 
 def test_what_does_not_fit_says_by_how_much_and_what_would(gpt_1b: Config) -> None:
     alone = laid_out(gpt_1b)
-    alone.model = dataclasses.replace(alone.model, recompute=Recompute.none)
+    alone = replace_in(alone, {"model.recompute": Recompute.none})
     need = memory.memory(alone).total / GIB
     assert need > 30
     said = explain.check_fit(alone)
@@ -152,9 +152,8 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_recomputation(
 ) -> None:
     def need(size: int, recompute: Recompute) -> memory.Memory:
         config = laid_out(gpt_1b, mp=mp, pp=pp)
-        config.trainer = dataclasses.replace(config.trainer, micro_batch_size=size, global_batch_size=64)
-        config.model = dataclasses.replace(config.model, recompute=recompute)
-        return memory.memory(config)
+        batch = {"trainer.micro_batch_size": size, "trainer.global_batch_size": 64}
+        return memory.memory(replace_in(config, {**batch, "model.recompute": recompute}))
 
     assert need(micro, how).total <= need(2 * micro, how).total
     assert need(micro, how).activations <= need(micro, Recompute.none).activations

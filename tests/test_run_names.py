@@ -24,17 +24,17 @@ def test_commands_keep_the_run_names_of_the_version_before(tmp_path: Path) -> No
         assert cli.name_of_run(*composed(overrides), overrides, tmp_path) == name, command
 
 
-@dataclass
+@dataclass(frozen=True)
 class LaterOptimizer(Optimizer):
     name: str = field(default="adamw", metadata={"since": 3, "default": "adamw"})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Extra:
     size: int = field(default=1, metadata={"since": 3, "default": 1})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Later(Config):
     optimizer: LaterOptimizer = field(default_factory=LaterOptimizer)
     extra: Extra = field(default_factory=Extra)

@@ -25,7 +25,7 @@ from served import SECONDS, Judge, Served, serving, settings
 from test_scoring import TEXTS, model_of
 from test_serve import refused
 
-from gpt.config.derived import plain
+from gpt.config.derived import plain, replace_in
 from gpt.config.rules import rule_problems
 from gpt.inference import logprobs as inference_logprobs
 from gpt.inference.server import address
@@ -266,8 +266,8 @@ def test_all_ranks_write_the_same_stop_together_and_score_as_one_does(small: lis
         for rank, served in enumerate(said["served"][cut] for said in ranks):
             assert served["written"] == ([5] if cut else [10, 5, 10])
             assert served["code"] == (143 if cut else 130)
-            ends = ["UnavailableError"] * 3 if cut else ["Done", "UnavailableError", "Done"]
-            assert [news for news in served["told"] if news != "Begun"] == ([] if rank else ends)
+            ends = ["UnavailableError"] * 3 if cut else ["Finished", "UnavailableError", "Finished"]
+            assert [news for news in served["told"] if news != "Started"] == ([] if rank else ends)
     alone = inference_logprobs.score(model_of(configured(wide)), TEXTS)
     for said in ranks:
         for together, (logprobs, best, tops) in zip(alone, said["scores"], strict=True):
@@ -317,11 +317,10 @@ def test_the_address_is_loopback_unless_the_command_says_otherwise(capsys: pytes
 def test_copies_of_the_model_and_limits_out_of_range_are_refused() -> None:
     good = configured(["task=serve"])
     assert rule_problems(good) == []
-    bad = dataclasses.replace(good, serve=dataclasses.replace(good.serve, port=70000, queue=0, max_tokens=0))
-    bad.parallel = dataclasses.replace(bad.parallel, dp_degree=2)
+    values = {"serve.port": 70000, "serve.queue": 0, "serve.max_tokens": 0, "parallel.dp_degree": 2}
+    bad = replace_in(good, values)
     problems = "\n".join(rule_problems(bad))
-    bad.serve.queue_seconds = 0
-    problems += "\n".join(rule_problems(bad))
+    problems += "\n".join(rule_problems(replace_in(bad, {"serve.queue_seconds": 0})))
     for words in (
         "serve.queue_seconds=0: must be more",
         "serve.port=70000: at most 65535",

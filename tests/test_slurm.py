@@ -20,7 +20,7 @@ from test_started import Ranks
 from gpt.utils import launch_env
 from gpt.utils.errors import UserError
 from gpt.utils.launch_env import LaunchEnvironment
-from launchers import rank_env, rendezvous
+from launchers import external, rank_env
 
 SCONTROL = """#!/bin/sh
 if [ "$2" = hostnames ]; then printf 'n1\\nn2\\n'; exit; fi
@@ -82,13 +82,13 @@ def test_tasks_that_cannot_share_the_ranks_are_refused_with_the_option_to_use(ta
 
 def test_why_rank_0_cannot_listen_is_said() -> None:
     with pytest.raises(UserError, match=r"cannot listen on no-such-node\.invalid:1: the name .* is not known here"):
-        rendezvous._listen_on("no-such-node.invalid:1", 1)
+        external._listen_on("no-such-node.invalid:1", 1)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} is taken, perhaps by another job"):
-            rendezvous._listen_on(f"127.0.0.1:{port}", 1)
+            external._listen_on(f"127.0.0.1:{port}", 1)
     with pytest.raises(UserError, match=r"192\.0\.2\.1 is not an address of this host"):  # kept for documents
-        rendezvous._listen_on("192.0.2.1:20001", 1)
+        external._listen_on("192.0.2.1:20001", 1)
 
 
 # --- one task for a node's ranks, as Slurm would start them ---
@@ -134,7 +134,7 @@ def test_the_ranks_of_a_task_that_vanished_end_and_are_named(nodes: Ranks) -> No
     nodes.processes[1].kill()
     ends = nodes.ends()
     assert ends[0][0] == 1
-    assert "the process that looked after rank 2 vanished" in ends[0][1]
+    assert "the process of rank 2 vanished" in ends[0][1]
     nodes.none_is_left()
 
 
@@ -166,6 +166,7 @@ def test_srun_trains_on_two_nodes(cluster: dict[str, str], tmp_path: Path, small
     done = srun(cluster, tmp_path, "-m", "gpt.main", *job)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 = dp 2, started by srun" in done.stdout
+    assert "loss curve" in done.stdout
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
 
 

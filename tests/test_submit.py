@@ -105,7 +105,7 @@ def test_cells_of_another_shape_are_another_array(folder: Path, small: list[str]
 def test_what_is_frozen_is_a_command_for_the_node(folder: Path, small: list[str]) -> None:
     (cell,) = cells(small, 1, more=("trainer.resume=never", "cluster.threads=3"))
     run([cell])
-    there = Cell.thaw(folder / "outputs/grids/g/cells/run1.json").config
+    there = Cell.load(folder / "outputs/grids/g/cells/run1.json").config
     assert there.cluster.kind is ClusterKind.local
     assert (there.cluster.device, there.cluster.threads, there.trainer.resume.value) == (
         cell.config.cluster.device, 3, "auto",

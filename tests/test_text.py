@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -97,9 +98,9 @@ def test_a_batch_draws_what_each_prompt_draws_alone(writer: Generator) -> None:
 
 def test_rows_that_are_taken_elsewhere_go_on_with_their_own_past(writer: Generator) -> None:
     decoder = Decoder(writer.model, [[5, 6, 7], [8]], 10)
-    decoder.append([1, 2])
-    decoder.take([1, 0, 1])
-    decoder.append([3, 4, 5])
+    decoder.step([1, 2])
+    decoder.select_rows([1, 0, 1])
+    decoder.step([3, 4, 5])
     for row, past in enumerate([[8, 2, 3], [5, 6, 7, 1, 4], [8, 2, 5]]):
         np.testing.assert_allclose(decoder.logits_BV[row], logits(writer, past), rtol=1e-3, atol=1e-3)
 
@@ -251,7 +252,7 @@ def test_a_text_ends_before_a_stop_string_of_which_nothing_is_shown() -> None:
         shown.append(growing.add(byte))
         if growing.stopped:
             break
-    assert "".join(shown) + growing.rest() == "one\ntwo EN three "
+    assert "".join(shown) + growing.flush() == "one\ntwo EN three "
     assert growing.text == "one\ntwo EN three "
 
 
@@ -277,10 +278,7 @@ def test_what_says_stop_is_heard_before_the_next_token(writer: Generator) -> Non
 
 
 def settings(**changed: object) -> task_schemas.Generate:
-    config = configured([*SMALL, "data=tokens", "data.path=x"]).generate
-    for key, value in changed.items():
-        setattr(config, key, value)
-    return config
+    return dataclasses.replace(configured([*SMALL, "data=tokens", "data.path=x"]).generate, **changed)  # type: ignore[arg-type]
 
 
 def test_prompts_come_from_lines_and_from_json_lines(tmp_path: Path) -> None:
@@ -319,10 +317,11 @@ def test_everything_wrong_with_a_generation_is_said_at_once(tmp_path: Path, voca
     config = configured([*SMALL, "data=tokens", "data.path=x", "parallel=dp2"])
     (tmp_path / "there.jsonl").write_text("")
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "z" * 40}) + "\n" + json.dumps({"prompt": ""}) + "\n")
-    config.generate = settings(prompts=str(tmp_path / "p.jsonl"), output=str(tmp_path / "there.jsonl"))
+    files = settings(prompts=str(tmp_path / "p.jsonl"), output=str(tmp_path / "there.jsonl"))
+    config = dataclasses.replace(config, generate=files)
     found = prompts.check(config, vocabulary)
     assert [next(i for i, f in enumerate(found) if said in f) for said in ("exists", "prompt 1 has 40", "prompt 2;")]
-    config.generate = settings(interactive=True, prompts="x")
+    config = dataclasses.replace(config, generate=settings(interactive=True, prompts="x"))
     assert len(prompts.check(config, vocabulary)) == 2
     assert "no tokenizer" in prompts.check(config, None)[0]
 
@@ -341,6 +340,6 @@ def test_impossible_sampling_is_all_named() -> None:
 )
 def test_a_prompt_is_text_whatever_is_in_it(prompt: str) -> None:
     config, choices = composed(["data=tokens", "data.path=x", f"prompt={prompt}"])
-    assert cli.validate_or_fail(config, choices, []).generate.prompt == prompt
+    assert cli.resolve(config, choices, []).config.generate.prompt == prompt
     config, choices = composed(["data=tokens", "data.path=x", "generate.prompt='as Hydra wants it '"])
-    assert cli.validate_or_fail(config, choices, []).generate.prompt == "as Hydra wants it "
+    assert cli.resolve(config, choices, []).config.generate.prompt == "as Hydra wants it "

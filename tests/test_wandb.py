@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT, composed, configured, wandb_records
 from omegaconf import OmegaConf
 
+from gpt.config.derived import replace_in
 from gpt.data.corpus import DatasetInfo, DatasetPart
 from gpt.runs import wandb_run
 from gpt.runs.run_dir import Job
@@ -178,11 +180,14 @@ def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
 
     seeds = [f"seed={n}" for n in (1, 2)]
     cells = [Cell([seed], configured([seed]), tmp_path / seed, ["optimizer.lr=0.001", seed]) for seed in seeds]
-    cells[1].config.logger.wandb.name = "mine"
+    cells[1] = dataclasses.replace(cells[1], config=replace_in(cells[1].config, {"logger.wandb.name": "mine"}))
     monkeypatch.setattr(compose, "compose", lambda *_: cells)
     monkeypatch.setattr(remote, "prepared", lambda *_: {})
 
+    labelled: list[Cell] = []
+
     def run(cells: list[Cell], *_: Any, **__: Any) -> None:
+        labelled.extend(cells)
         raise KeyboardInterrupt  # nothing is to be started here
 
     monkeypatch.setattr("launchers.sweep.local_runner.run", run)
@@ -195,7 +200,7 @@ def test_cells_of_a_grid_are_a_group_with_names_and_lie_side_by_side(
     )
     with pytest.raises(KeyboardInterrupt):
         launch.launch(None, master, [[seed] for seed in seeds])
-    there = [cell.config.logger.wandb for cell in cells]
+    there = [cell.config.logger.wandb for cell in labelled]
     assert [each.group for each in there] == ["study", "study"]
     assert [each.name for each in there] == ["lr=0.001 seed=1", "mine"]
     assert {each.links for each in there} == {str(tmp_path / "grids" / "study" / "wandb")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import pickle
@@ -30,6 +29,7 @@ from foreign import (
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from gpt.config.derived import replace_in
 from gpt.config.schema import Config
 from gpt.data import tokenizer
 from gpt.runs.checkpoint import checkpoint
@@ -46,9 +46,8 @@ def composed(*overrides: str) -> Config:
 
 
 def command(source: Path, output: Path, *more: str) -> Config:
-    config = copy.deepcopy(composed(*more))
-    config.import_weights.source, config.import_weights.output = str(source), str(output)
-    return config
+    values = {"import_weights.source": str(source), "import_weights.output": str(output)}
+    return replace_in(composed(*more), values)
 
 
 def imported(source: Path, output: Path, *more: str) -> Path:

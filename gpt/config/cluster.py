@@ -24,7 +24,7 @@ class ClusterKind(Enum):
     nodes = "nodes"  # the user, on every host, by commands that are printed
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cluster:
     """The machines. Keys of other kinds than the chosen one are refused: ``gpt.config.cluster_rules.READ_BY``."""
 

@@ -6,7 +6,7 @@ import dataclasses
 from enum import Enum
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from gpt.config.cluster import Device
 from gpt.config.schema import Config, DType, Parallel, Task
@@ -23,10 +23,37 @@ def typed(plain: Any) -> Config:
     Raises:
         omegaconf.errors.OmegaConfBaseException: on an unknown key or a wrong type.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+    merged = OmegaConf.merge(schema(), plain)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config
+
+
+def schema(of: type = Config) -> DictConfig:
+    """Return a schema as a node to merge values into, which OmegaConf makes read-only for frozen dataclasses."""
+    node = OmegaConf.structured(of)
+    assert isinstance(node, DictConfig)
+    sections = [node]
+    for section in sections:
+        OmegaConf.set_readonly(section, None)
+        sections += [each for key in section if isinstance(each := section._get_node(key), DictConfig)]
+    return node
+
+
+def replace_in(config: Config, values: dict[str, Any]) -> Config:
+    """Return the configuration with other values for some keys.
+
+    Example:
+        >>> replace_in(config, {"seed": 3, "trainer.max_steps": 100})  # doctest: +SKIP
+    """
+    for key, value in values.items():
+        config = _replace(config, key, value)
+    return config
+
+
+def _replace(section: Any, key: str, value: Any) -> Any:
+    name, _, rest = key.partition(".")
+    return dataclasses.replace(section, **{name: _replace(getattr(section, name), rest, value) if rest else value})
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class EngineKind(Enum):
     auto = "auto"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parallel:
     """Degrees; their product is the number of ranks. Replicas = dp_degree x sharding_degree."""
 
@@ -178,7 +178,7 @@ class WandbMode(Enum):
     disabled = "disabled"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Model:
     """Shape of the GPT. ``vocab`` is what the loss sees; the table is padded to 128 x mp_degree rows."""
 
@@ -199,7 +199,7 @@ class Model:
     loss_chunk: int = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlendPart:
     """One set of a blend: the prefix of its token files and its share of the samples."""
 
@@ -207,7 +207,7 @@ class BlendPart:
     weight: float = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class Data:
     """What is read. ``split`` are relative shares of the documents."""
 
@@ -226,7 +226,7 @@ class Data:
     tokenizer: str | None = None  # a tokenizer.json; None: what the prepared data says
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optimizer:
     """The optimizer. Biases and LayerNorm have no weight decay; gradients are clipped by their global norm."""
 
@@ -240,7 +240,7 @@ class Optimizer:
     offload: bool = False  # float32 weights and moments in host memory, updated there
 
 
-@dataclass
+@dataclass(frozen=True)
 class LRSchedule:
     """Learning rate as a function of the step; see ``gpt.train.lr_scheduler.lr_at``."""
 
@@ -250,14 +250,14 @@ class LRSchedule:
     min_lr: float = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class Precision:
     """Element types."""
 
     dtype: DType = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trainer:
     """Horizon, batch, and what happens every so many steps (0: only at the end)."""
 
@@ -272,7 +272,7 @@ class Trainer:
     log_every: int = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class Wandb:
     """Weights & Biases."""
 
@@ -287,7 +287,7 @@ class Wandb:
     init_timeout: int = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class Logger:
     """Where records go besides metrics.jsonl."""
 
@@ -295,7 +295,7 @@ class Logger:
     wandb: Wandb = field(default_factory=Wandb)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """One job, whole."""
 

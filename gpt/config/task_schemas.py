@@ -40,7 +40,7 @@ class Detokenizer(Enum):
     wikitext = "wikitext"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluate(Section):
     """Of ``task=evaluate``."""
 
@@ -71,7 +71,7 @@ class Evaluate(Section):
 # Schema of grids: many runs from one command, and the page about them.
 
 
-@dataclass
+@dataclass(frozen=True)
 class Grid:
     """How the cells of a grid (``-m``) run. None of it changes what a cell computes."""
 
@@ -82,7 +82,7 @@ class Grid:
     confirm_above: int = MISSING
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """The page about runs."""
 
@@ -97,7 +97,7 @@ class Sampler(Enum):
     random = "random"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Optuna:
     """A search over hyper-parameters (``-m hparams=optuna``). None of it changes what a trial computes."""
 
@@ -123,7 +123,7 @@ class Attention(Enum):
     matrix = "matrix"  # probabilities, their dropout mask and what it leaves (Korthikanti et al., 2022)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Peaks:
     """Dense matrix products by element type, in TFLOP/s. None: not stated, so no time and no MFU is said."""
 
@@ -132,7 +132,7 @@ class Peaks:
     fp16: float | None = None
 
 
-@dataclass
+@dataclass(frozen=True)
 class DeviceSpec:
     """What one accelerator can do. None: not known, and then nothing that needs it is said.
 
@@ -155,7 +155,7 @@ class DeviceSpec:
     price_per_hour: float | None = None  # of one device, in whatever currency
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """Of ``task=plan``."""
 
@@ -200,7 +200,7 @@ class Sentences(Enum):
     punkt = "punkt"  # as nltk finds it
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prepare(Section):
     """Of ``task=prepare``: raw text to token files."""
 
@@ -259,7 +259,7 @@ class Split(Enum):
     test = "test"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Generate(Section):
     """Of ``task=generate``, of requests to ``task=serve`` that say less, and of the sample that closes a run."""
 
@@ -288,7 +288,7 @@ class Generate(Section):
             yield f"generate.prompts=- does not go with {place}, which has no standard input: generate.prompts=FILE"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Serve(Section):
     """Of ``task=serve``."""
 
@@ -334,7 +334,7 @@ class Target(Enum):
     paddle = "paddle"  # a static model for Paddle Inference
 
 
-@dataclass
+@dataclass(frozen=True)
 class ImportWeights:
     """Of ``task=import_weights``: other projects' weights to a checkpoint."""
 
@@ -344,7 +344,7 @@ class ImportWeights:
     tokenizer: str | None = None  # a tokenizer file or folder, or gpt2; None: the one that lies with the weights
 
 
-@dataclass
+@dataclass(frozen=True)
 class Export(Section):
     """Of ``task=export``: a checkpoint to a folder that others read."""
 

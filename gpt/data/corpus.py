@@ -131,10 +131,6 @@ def _largest_id(prefix: str, cache: Path) -> int:
 def prepare(config: Config, say: Callable[[str], None] = lambda line: None) -> DatasetInfo:
     """Locate the token files, or make them. Call ``check`` first.
 
-    Args:
-        config: of the job.
-        say: takes a sentence on what takes time.
-
     Raises:
         UserError: the text is not UTF-8.
     """

@@ -1,4 +1,4 @@
-"""Batches: sample numbers in, token arrays out. The same on every topology."""
+"""Training data: sample numbers to batches of tokens, the same on every topology."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gpt.utils.errors import UserError
 
 
 class _Reader(Protocol):
-    """One set's split: sample number to tokens."""
+    """Reader of one set's split."""
 
     @property
     def count(self) -> int:
-        """Samples of one pass."""
+        """Return the samples of one pass."""
 
     def read(self, i: int, into: Array) -> None:
-        """Put the L + 1 tokens of sample ``i`` (any number >= 0: sets repeat) into ``into``."""
+        """Copy the L + 1 tokens of sample ``i`` (any number >= 0: sets repeat) to ``into``."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Batch:
         return Batch(self.inputs_BT[start:stop], self.labels_BT[start:stop], self.mask_BT[start:stop])
 
     def masked(self) -> Batch:
-        """The same, but nothing counts."""
+        """Return the batch with an empty loss mask."""
         return Batch(self.inputs_BT, self.labels_BT, np.zeros_like(self.mask_BT))
 
     def padded(self, rows: int) -> Batch:
-        """With ``rows`` rows: copies of the first that do not count are added."""
+        """Return ``rows`` rows: copies of the first, masked, are added."""
         more = rows - len(self.inputs_BT)
         if not more:
             return self
@@ -98,13 +98,7 @@ class Batch:
 
 
 class TokenDataset:
-    """All samples of one split of one or several sets.
-
-    Args:
-        config: of the job; reads ``data``, ``seed`` and the batch.
-        prepared: where the token files are.
-        split: which part of the documents.
-        shuffled: False reads the windows in file order, each once, for a whole-split evaluation.
+    """All samples of one split of one or several sets; not ``shuffled`` in file order, each once.
 
     Raises:
         UserError: there is no data, or the split holds too few tokens for one sample.
@@ -125,11 +119,11 @@ class TokenDataset:
         self._rank_before = np.cumsum(np.pad(one_hot, ((0, 0), (1, 0))), axis=1)
 
     def __len__(self) -> int:
-        """Samples of one pass over every set."""
+        """Return the samples of one pass over every set."""
         return sum(reader.count for reader in self._readers)
 
     def epochs(self, samples: int) -> list[float]:
-        """How often each set is gone through in the first ``samples`` samples."""
+        """Return the passes over each set in the first ``samples`` samples."""
         period = len(self._pattern)
         return [
             (samples // period * int(ranks[-1]) + int(ranks[samples % period])) / reader.count
@@ -137,11 +131,7 @@ class TokenDataset:
         ]
 
     def batch(self, first: int, count: int) -> Batch:
-        """Samples ``first`` to ``first`` + ``count``.
-
-        Returns:
-            A batch of shape [count, seq_len].
-        """
+        """Return samples ``first`` to ``first`` + ``count``, a batch of shape [count, seq_len]."""
         rows = np.empty((count, self.seq_len + 1), dtype=np.int64)
         for row, number in enumerate(range(first, first + count)):
             i = number % self.repeat if self.repeat else number

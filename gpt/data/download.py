@@ -43,13 +43,7 @@ def fetch(
 ) -> bool:
     """Download ``address`` (http, https or file) to ``path`` unless it exists; return whether that was necessary.
 
-    Args:
-        address: of the file.
-        path: its folder is made.
-        expected: checked before the file gets its name.
-        say: takes progress and every failure.
-        tries: attempts without a new byte before giving up; the pause doubles from one to the next.
-        pause: seconds before the second attempt.
+    It gives up after ``tries`` attempts without a new byte; ``pause`` (seconds) doubles from one to the next.
 
     Raises:
         UserError: it cannot be downloaded, or is not the expected file. ``path`` is as it was.

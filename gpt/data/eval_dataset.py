@@ -1,7 +1,7 @@
-"""Rows of tokens to be scored, and which of their tokens count: overlapping windows, and contexts with an ending.
+"""Evaluation data: text files, and rows of tokens to score as overlapping windows or as continuations of contexts.
 
-``Batch.mask_BT`` says what counts, as in training. Rows that end early are filled up at the end with token 0, which
-nothing before it sees.
+``Batch.mask_BT`` says which tokens count, as in training. Shorter rows are padded at the end with token 0, which no
+earlier position attends to.
 """
 
 from __future__ import annotations
@@ -24,15 +24,38 @@ from gpt.data.token_files import TokenSet
 from gpt.utils.arrays import Array
 from gpt.utils.errors import UserError
 
+SHOWN = 10  # problems of one file
+
+# WikiText's .tokens files have spaces around punctuation and marks within numbers and compounds. These are the
+# substitutions, in this order, that published figures of GPT-2's kind rest on (Megatron-LM's, Shoeybi et al., 2019).
+WIKITEXT = (
+    (r"s '", "s'"),
+    *((rf" @\{mark}@ ", mark) for mark in "-,."),
+    *((rf" \{mark} ", f"{mark} ") for mark in ":;.!?,"),
+    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
+    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
+    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
+    (r'"\s*([^"]*?)\s*"', r'"\1"'),
+    (r"'\s*([^']*?)\s*'", r"'\1'"),
+    (r"= = = =", "===="),
+    (r"= = =", "==="),
+    (r"= =", "=="),
+    (r" ° ", "°"),
+    (r" \n", "\n"),
+    (r"\n ", "\n"),
+    (r" N ", " 1 "),
+    (r" 's", "'s"),
+)
+
 
 class EvalRows(Protocol):
-    """What can be scored."""
+    """Rows to score."""
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
 
     def batch(self, first: int, count: int) -> Batch:
-        """Rows ``first`` to ``first`` + ``count``."""
+        """Return rows ``first`` to ``first`` + ``count``."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Windows:
     eot_id: int | None
 
     def __len__(self) -> int:
-        """How many windows there are."""
+        """Return the number of windows."""
         beyond = self.stop - self.start - 1 - self.length
         return 0 if self.stop - self.start < 2 else 1 + max(0, -(-beyond // self.stride))
 
@@ -75,16 +98,16 @@ class Windows:
             begin = self.start + number * self.stride
             rows.append(self.ids[begin : min(begin + self.length + 1, self.stop)])
             counts_from.append(self.length - self.stride if number else 0)
-        return _filled(rows, counts_from, self.eot_id)
+        return _padded(rows, counts_from, self.eot_id)
 
     def counted(self) -> int:
-        """Tokens that count in all windows."""
+        """Return the number of tokens that count in all windows."""
         inputs = self.ids[self.start : self.stop - 1]
         return len(inputs) - (int((inputs == self.eot_id).sum()) if self.eot_id is not None else 0)
 
 
 class Continuations:
-    """Contexts with an ending each, which alone counts; the longest first, so that a batch has rows of similar length.
+    """Contexts with a continuation each, which alone counts; longest first, so that a batch has similar lengths.
 
     Args:
         contexts: tokens, at least one each.
@@ -102,15 +125,15 @@ class Continuations:
         ]
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of rows."""
         return len(self._rows)
 
     def batch(self, first: int, count: int) -> Batch:
         """See ``EvalRows``."""
-        return _filled(self._rows[first : first + count], self._counts_from[first : first + count], None)
+        return _padded(self._rows[first : first + count], self._counts_from[first : first + count], None)
 
 
-def _filled(rows: list[Array], counts_from: list[int], eot_id: int | None) -> Batch:
+def _padded(rows: list[Array], counts_from: list[int], eot_id: int | None) -> Batch:
     shape = (len(rows), max(len(row) for row in rows) - 1)
     inputs, labels = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.float32)
@@ -126,15 +149,7 @@ def _filled(rows: list[Array], counts_from: list[int], eot_id: int | None) -> Ba
 def of_split(
     token_set: TokenSet, shares: list[float], number: int, length: int, stride: int, eot: int | None
 ) -> Windows:
-    """Windows over one split of a token set.
-
-    Args:
-        token_set: the whole set.
-        shares: of its splits (``data.split``).
-        number: of the split.
-        length: see ``Windows``.
-        stride: see ``Windows``.
-        eot: see ``Windows``.
+    """Return windows over split ``number`` of a token set, whose ``shares`` are ``data.split``; see ``Windows``.
 
     Raises:
         UserError: the split has nothing to predict.
@@ -150,34 +165,8 @@ def of_split(
     return Windows(token_set.ids, start, stop, length, stride, eot)
 
 
-# Raw text that a model is measured on: documents of a file, WikiText made readable again, and a last word to find.
-
-SHOWN = 10  # problems of one file
-
-# WikiText's .tokens files have spaces around punctuation and marks within numbers and compounds. These are the
-# substitutions, in this order, that published figures of GPT-2's kind rest on (Megatron-LM's, Shoeybi et al., 2019).
-WIKITEXT = (
-    (r"s '", "s'"),
-    *((rf" @\{mark}@ ", mark) for mark in "-,."),
-    *((rf" \{mark} ", f"{mark} ") for mark in ":;.!?,"),
-    (r"\(\s*([^)]*?)\s*\)", r"(\1)"),
-    (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
-    (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
-    (r'"\s*([^"]*?)\s*"', r'"\1"'),
-    (r"'\s*([^']*?)\s*'", r"'\1'"),
-    (r"= = = =", "===="),
-    (r"= = =", "==="),
-    (r"= =", "=="),
-    (r" ° ", "°"),
-    (r" \n", "\n"),
-    (r"\n ", "\n"),
-    (r" N ", " 1 "),
-    (r" 's", "'s"),
-)
-
-
 def detokenize(text: str, kind: Detokenizer) -> str:
-    """Undo what was done to a text to count its words.
+    """Undo the tokenisation of a published text.
 
     Example:
         >>> detokenize("a 2 @.@ 5 @-@ inch gun , ( or two ) . It 's", Detokenizer.wikitext)
@@ -190,7 +179,7 @@ def detokenize(text: str, kind: Detokenizer) -> str:
 
 
 def last_word(text: str) -> tuple[str, str]:
-    """A passage without its last word, and that word with the space before it (Paperno et al., 2016).
+    """Split a passage into all but its last word, and that word with the space before it (Paperno et al., 2016).
 
     Example:
         >>> last_word("They talked about the weather")
@@ -201,19 +190,18 @@ def last_word(text: str) -> tuple[str, str]:
 
 
 def read(settings: Evaluate) -> list[str]:
-    """The documents of ``settings.path`` as they are there.
+    """Return the documents of ``settings.path``.
 
     Raises:
         UserError: what ``problems`` lists.
     """
-    found = problems(settings)
-    if found:
-        raise UserError.of(found)
+    if listed := problems(settings):
+        raise UserError.of(listed)
     return [text for _, text, _ in _documents(settings)]
 
 
 def problems(settings: Evaluate) -> list[str]:
-    """What is wrong with the file, each a sentence; the file is read whole."""
+    """Return what is wrong with the file, each a sentence; the whole file is read."""
     name, count, bad = f"evaluate.path={settings.path}", 0, []
     path = Path(str(settings.path))
     if not path.is_file():
@@ -238,7 +226,7 @@ def problems(settings: Evaluate) -> list[str]:
 
 
 def _documents(settings: Evaluate) -> Iterator[tuple[int, str, str]]:
-    """Line (0: the whole file), text, and what is wrong with it."""
+    """Yield line (0: the whole file), text, and what is wrong with it."""
     path = Path(str(settings.path))
     ending, packing = ending_of(path)
     by_line = FORMATS.get(ending) is TextFormat.jsonl or settings.kind is EvaluateKind.cloze

@@ -1,9 +1,9 @@
-"""Which tokens sample i holds. Everything here is arithmetic on (seed, i): no state, O(1) to resume.
+"""Order of samples: sample i is a function of (seed, i); no state, O(1) to resume.
 
 ``shuffle`` (the default) cuts a split into windows of L + 1 tokens that share one token with their
 neighbour and visits them in a pseudo-random order that is computed, not stored; each pass over the data has
 an order of its own. ``megatron`` rebuilds the predecessor's index tables, for parity with its runs; there
-the order depends on the number of samples asked for as well.
+the order depends on the number of samples as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEPARATE_BELOW = 0.80  # Megatron: a last epoch of which less than this is used 
 
 
 def permute(i: Array, n: int, seed: int, epoch: int) -> Array:
-    """A bijection of range(n): where index ``i`` goes, in constant memory.
+    """Apply a pseudo-random permutation of range(n) to ``i``, in constant memory.
 
     Four rounds of a Feistel network on the smallest even number of bits that holds n, walking the cycle
     until the value is below n (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
@@ -62,12 +62,12 @@ def permute(i: Array, n: int, seed: int, epoch: int) -> Array:
 
 
 def windows(tokens: int, seq_len: int) -> int:
-    """How many samples of ``seq_len`` + 1 tokens, each sharing one with the next, fit in ``tokens``."""
+    """Return the samples of ``seq_len`` + 1 tokens, each sharing one with the next, that fit in ``tokens``."""
     return max(0, (tokens - 1) // seq_len)
 
 
 def interleave(weights: list[float]) -> Array:
-    """One period of a blend: which set each sample comes from.
+    """Return one period of a blend: the set of each sample.
 
     In every prefix, set k has been used within one sample of its exact share. Tijdeman's rule ("The chairman
     assignment problem", 1980): among the sets that are due, take the one whose deadline is nearest.
@@ -152,10 +152,7 @@ def megatron_index(lengths: Array, seq_len: int, samples: int, seed: int) -> Meg
 def cached_megatron_index(
     cache: Path, fingerprint: str, split: tuple[int, int], lengths: Array, seq_len: int, samples: int, seed: int
 ) -> MegatronIndex:
-    """The tables from disk, memory-mapped; built and published atomically the first time.
-
-    The folder's name is a hash of everything the tables depend on, so a stale one is never read.
-    """
+    """Return the tables, memory-mapped from a cache folder named by a hash of everything they depend on."""
     key = f"{INDEX_VERSION} {fingerprint} {split} {seq_len} {samples} {seed}"
     folder = cache / "index" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if not folder.is_dir():

@@ -173,12 +173,7 @@ def load(prefix: str) -> TokenSet:
 def write(prefix: str, ids: Array, lens: Array, docs: Array, dtype: npt.DTypeLike) -> tuple[Path, Path]:
     """Write a set in the published format, both files or neither, and return their paths.
 
-    Args:
-        prefix: of the files.
-        ids: token numbers.
-        lens: tokens of each sentence.
-        docs: number of sentences before each document, and in all.
-        dtype: of the file; it must hold the largest number.
+    ``lens``: tokens of each sentence; ``docs``: sentences before each document, and in all; ``dtype``: of the ids file.
     """
     paths = Path(f"{prefix}_ids.npy"), Path(f"{prefix}_idx.npz")
     with atomic_files(*paths) as (ids_path, idx_path):

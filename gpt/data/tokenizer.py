@@ -199,10 +199,7 @@ def _is_gpt2_like(whole: dict[str, Any]) -> bool:
 def train(texts: Iterable[str], vocab: int, path: Path) -> None:
     """Train a vocabulary of at most ``vocab`` tokens, end-of-text the first of them, and write it to ``path``.
 
-    Args:
-        texts: documents; read once.
-        vocab: 256 bytes + 1 + merges. Short texts run out of pairs and give fewer.
-        path: of the ``tokenizer.json``.
+    ``vocab`` is 256 bytes + 1 + merges; short texts run out of pairs and give fewer.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -1,4 +1,4 @@
-"""Beam search: the most probable texts that a few beams at a time can find. B beams, V vocabulary."""
+"""Beam search. B beams, V vocabulary."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt.utils.arrays import Array
 
 @dataclass(frozen=True)
 class _Beam:
-    """New tokens, each with its log probability; ``finish`` once it has ended, ``score`` then compares it."""
+    """New tokens and their log probabilities; ``finish`` and ``score`` once it has ended."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
@@ -28,7 +28,7 @@ class _Beam:
 
 @dataclass
 class _Search:
-    """Of one prompt."""
+    """The beams of one prompt."""
 
     prompt: list[int]
     sampling: Sampling
@@ -37,32 +37,32 @@ class _Search:
     ended: list[_Beam] = field(default_factory=list)
 
     def advance(self, logits_BV: Array) -> list[int]:
-        """One token further; returns the beam that each of the new ones comes from. There are none when it is done."""
+        """Advance by one token and return the parent of each new beam; none when the search is done."""
         total_BV = np.stack([self._totals(row, beam) for row, beam in zip(logits_BV, self.beams, strict=True)])
-        going: list[tuple[int, _Beam]] = []
+        alive: list[tuple[int, _Beam]] = []
         for index in _largest(total_BV.ravel(), 2 * self.sampling.num_beams):  # as many again may end the text
             parent, token = divmod(int(index), total_BV.shape[1])
             total = float(total_BV[parent, token])
-            if len(going) == self.sampling.num_beams or not np.isfinite(total):
+            if len(alive) == self.sampling.num_beams or not np.isfinite(total):
                 break
-            beam = self._grown(self.beams[parent], token, total)
+            beam = self._extended(self.beams[parent], token, total)
             if beam.finish:
                 self.ended.append(beam)
             else:
-                going.append((parent, beam))
+                alive.append((parent, beam))
         self.ended = sorted(self.ended, key=lambda beam: -beam.score)[: self.sampling.num_beams]
-        if self._nothing_better([beam for _, beam in going]):
-            going = []
-        self.beams = [beam for _, beam in going]
-        return [parent for parent, _ in going]
+        if self._is_done([beam for _, beam in alive]):
+            alive = []
+        self.beams = [beam for _, beam in alive]
+        return [parent for parent, _ in alive]
 
     def _totals(self, logits_V: Array, beam: _Beam) -> Array:
-        """Log probability of the beam with each token after it."""
+        """Return the log probability of the beam followed by each token."""
         seen = [*self.prompt, *beam.tokens]
         logits_V = apply_penalties(logits_V, self.sampling, seen, len(beam.tokens), self.encoder.eot)
         return log_probabilities(logits_V).astype(np.float64) + sum(beam.logprobs)
 
-    def _grown(self, beam: _Beam, token: int, total: float) -> _Beam:
+    def _extended(self, beam: _Beam, token: int, total: float) -> _Beam:
         logprobs = (*beam.logprobs, total - sum(beam.logprobs))
         if token == self.encoder.eot:
             return _Beam(beam.tokens, beam.logprobs, "stop", self._score(total, len(logprobs)))
@@ -75,47 +75,45 @@ class _Search:
     def _score(self, total: float, length: int) -> float:
         return float(total / length**self.sampling.length_penalty)
 
-    def _nothing_better(self, beams: list[_Beam]) -> bool:
-        """Whether no beam can still beat the texts there are: it only loses probability, and gains length at best."""
+    def _is_done(self, beams: list[_Beam]) -> bool:
+        """Return whether no beam can still beat the ended ones: it only loses probability, and gains length at best."""
         if len(self.ended) < self.sampling.num_beams:
             return False
         longest = self.sampling.max_new_tokens if self.sampling.length_penalty > 0 else 0
-        hopes = (self._score(sum(b.logprobs), max(longest, len(b.tokens))) for b in beams)
-        return max(hopes, default=-np.inf) <= self.ended[-1].score
+        bounds = (self._score(sum(b.logprobs), max(longest, len(b.tokens))) for b in beams)
+        return max(bounds, default=-np.inf) <= self.ended[-1].score
 
     def _text(self, tokens: tuple[int, ...]) -> IncrementalDetokenizer:
-        growing = IncrementalDetokenizer(self.encoder, self.prompt, self.sampling.stop)
+        detokenizer = IncrementalDetokenizer(self.encoder, self.prompt, self.sampling.stop)
         for token in tokens:
-            growing.add(token)
-            if growing.stopped:
+            detokenizer.add(token)
+            if detokenizer.stopped:
                 break
-        return growing
+        return detokenizer
 
     def completions(self) -> list[Completion]:
-        """The best, best first; if the search was broken off, beams that have not ended too."""
+        """Return the best, best first; if the search was interrupted, beams that have not ended too."""
         open_ones = [_Beam(b.tokens, b.logprobs, "length", b.score) for b in self.beams if b.tokens]
         best = sorted([*self.ended, *open_ones], key=lambda beam: -beam.score)[: self.sampling.num_return_sequences]
         return [Completion(self._text(b.tokens).text, list(b.tokens), str(b.finish), list(b.logprobs)) for b in best]
 
 
 def _largest(values: Array, count: int) -> Array:
-    """Indices of the ``count`` largest values, largest first, the first of equals first."""
+    """Return indices of the ``count`` largest values, largest first, the first of equals first."""
+    candidates: Array = np.arange(len(values))
     if count < len(values):
-        some = np.flatnonzero(values >= np.partition(values, -count)[-count])
-    else:
-        some = np.arange(len(values))
-    found: Array = some[np.argsort(-values[some], kind="stable")][:count]
-    return found
+        candidates = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
 
 
-def beams(
+def beam_search(
     decoder: Decoder,
     prompts: list[list[int]],
     sampling: Sampling,
     encoder: Encoder,
     keep_going: Callable[[], bool],
 ) -> list[list[Completion]]:
-    """The best ``num_return_sequences`` texts for each prompt, best first.
+    """Return the best ``num_return_sequences`` texts for each prompt, best first.
 
     Texts compare by the sum of their log probabilities over length^``length_penalty``; length counts new tokens and an
     end-of-text. A search is done when it has as many ended texts as beams and no beam can still beat the worst of them.
@@ -131,6 +129,6 @@ def beams(
             first = last
         active = [search for search in active if search.beams]
         if active:
-            decoder.take(rows)
-            decoder.append([beam.tokens[-1] for search in active for beam in search.beams])
+            decoder.select_rows(rows)
+            decoder.step([beam.tokens[-1] for search in active for beam in search.beams])
     return [search.completions() for search in searches]

@@ -1,4 +1,4 @@
-"""A model that reads tokens of several rows and says what may come next. B rows, V vocabulary."""
+"""Incremental decoding of a batch of rows. B rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -13,14 +13,9 @@ PREFILL_COLUMNS = 256  # at once: bounds the attention matrix of a long prompt
 
 
 class Decoder:
-    """Rows of tokens in front of a model; each row gets the logits that it would get alone.
+    """Rows of tokens, and the logits of the next one, the same as of the row alone; at most ``new`` tokens follow.
 
-    When a row has used up the model's positions it goes on from the last half of them.
-
-    Args:
-        model: in evaluation mode.
-        rows: tokens of each row, not empty and not more than the model's positions.
-        new: most tokens that will follow.
+    A row that has used up the model's positions continues from the last half of them.
     """
 
     def __init__(self, model: GPT, rows: list[list[int]], new: int) -> None:
@@ -28,29 +23,29 @@ class Decoder:
         self._rows = [list(row) for row in rows]
         self._left = new
         self._positions = model.config.model.positions
-        self.logits_BV = self._read()
+        self.logits_BV = self._prefill()
 
-    def take(self, rows: list[int]) -> None:
-        """Make row i what row ``rows[i]`` is."""
+    def select_rows(self, rows: list[int]) -> None:
+        """Replace row i by row ``rows[i]``; there may be more or fewer rows than before."""
         index = np.array(rows, dtype=np.int64)
         self._cache.take(index)
         self._rows = [list(self._rows[i]) for i in rows]
         self.logits_BV = self.logits_BV[index]
 
-    def append(self, tokens: list[int]) -> None:
-        """Put a token after each row; ``logits_BV`` is what may follow it."""
+    def step(self, tokens: list[int]) -> None:
+        """Append a token to each row and compute ``logits_BV`` of the next one."""
         for row, token in zip(self._rows, tokens, strict=True):
             row.append(token)
         self._left -= 1
         if max(map(len, self._rows)) > self._positions or self._cache.length == self._cache.columns:
             half = self._positions // 2 or 1
             self._rows = [row[-half:] if len(row) > self._positions else row for row in self._rows]
-            self.logits_BV = self._read()
+            self.logits_BV = self._prefill()
         else:
-            self.logits_BV = self._step(np.array(tokens, dtype=np.int64)[:, None])
+            self.logits_BV = self._logits(np.array(tokens, dtype=np.int64)[:, None])
 
-    def _read(self) -> Array:
-        """All rows from their beginning."""
+    def _prefill(self) -> Array:
+        """Run all rows from their beginning."""
         lengths = np.array([len(row) for row in self._rows])
         longest, shortest = int(lengths.max()), int(lengths.min())
         room = min(longest + max(self._left, 0), self._positions + longest - shortest)
@@ -62,9 +57,9 @@ class Decoder:
         with paddle.no_grad():
             for first in chunks:
                 self._model.extend(paddle.to_tensor(tokens_BT[:, first : first + PREFILL_COLUMNS]), self._cache)
-        return self._step(tokens_BT[:, last:])
+        return self._logits(tokens_BT[:, last:])
 
-    def _step(self, tokens_BT: Array) -> Array:
+    def _logits(self, tokens_BT: Array) -> Array:
         with paddle.no_grad():
             logits_BV: Array = self._model.step(paddle.to_tensor(tokens_BT), self._cache).astype("float32").numpy()
         return logits_BV

@@ -1,4 +1,4 @@
-"""A text that grows token by token: what of it is sure, and whether it is over."""
+"""Incremental detokenizer: which characters are final after each token, and whether the text has ended."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ from collections.abc import Sequence
 
 from gpt.data.tokenizer import Encoder
 
-ANCHOR_TOKENS = 8  # of the prompt, so that a tokenizer that writes words with their space knows what comes before
+ANCHOR_TOKENS = 8  # of the prompt, for a tokenizer that decodes a space by what is before it
 UNFINISHED = "\ufffd"  # half a character
 
 
 class IncrementalDetokenizer:
-    """The text of the new tokens of one sequence.
-
-    Args:
-        encoder: of the model.
-        prompt: token numbers.
-        stop: strings before the first of which the text ends.
-    """
+    """The text of the new tokens of one sequence; it ends before the first of the ``stop`` strings."""
 
     def __init__(self, encoder: Encoder, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._encoder = encoder
@@ -27,33 +21,33 @@ class IncrementalDetokenizer:
         if before.endswith(UNFINISHED):
             self._tokens, before = [], ""
         self._begin = len(before)
-        self._sure = 0
+        self._emitted = 0
         self.text = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Take the next token; returns the characters that have become sure by it."""
+        """Append a token and return the characters that are now final."""
         self._tokens.append(token)
         self.text = self._encoder.decode(self._tokens)[self._begin :]
-        found = [at for s in self._stop if (at := self.text.find(s)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
+        stops = [at for s in self._stop if (at := self.text.find(s)) >= 0]
+        if stops:
+            self.text, self.stopped = self.text[: min(stops)], True
             return self._up_to(len(self.text))
-        sure = len(self.text.rstrip(UNFINISHED))
-        return self._up_to(sure - _overlap(self.text[:sure], self._stop))
+        whole = len(self.text.rstrip(UNFINISHED))
+        return self._up_to(whole - _overlap(self.text[:whole], self._stop))
 
-    def rest(self) -> str:
-        """What has not been returned yet."""
+    def flush(self) -> str:
+        """Return the characters that have not been returned yet."""
         return self._up_to(len(self.text))
 
     def _up_to(self, end: int) -> str:
-        new = self.text[self._sure : end]
-        self._sure = max(self._sure, end)
+        new = self.text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
         return new
 
 
 def _overlap(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of ``text`` with which a stop string begins.
+    """Return the length of the longest end of ``text`` with which a stop string begins.
 
     Example:
         >>> _overlap("to be or n", ["nor", "or not"])

@@ -1,4 +1,4 @@
-"""A checkpoint at work: prompts in, texts out, under any topology."""
+"""Generate and score texts with a checkpoint, under any topology."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpt.config.sampling import Sampling
 from gpt.config.schema import DType
 from gpt.data.tokenizer import Encoder
 from gpt.inference import logprobs
-from gpt.inference.beam_search import beams
+from gpt.inference.beam_search import beam_search
 from gpt.inference.decoder import Decoder
 from gpt.inference.sampling import sample
 from gpt.inference.types import Completion, TextDelta, TokenLogprobs
@@ -27,15 +27,7 @@ from gpt.utils.errors import UserError
 
 
 class Generator:
-    """Implements ``gpt.inference.types.TextGenerator`` and ``Scorer``.
-
-    All ranks of a replica are asked alike, and come to the same texts.
-
-    Args:
-        model: whose topology says which ranks take part.
-        encoder: of its text.
-        step: of the checkpoint.
-    """
+    """Implements ``gpt.inference.types.TextGenerator`` and ``Scorer``; a collective call of the ranks of a replica."""
 
     def __init__(self, model: GPT, encoder: Encoder, step: int) -> None:
         self.model = model
@@ -46,24 +38,24 @@ class Generator:
 
     @classmethod
     def of(cls, job: Job, topology: Topology) -> Generator:
-        """The checkpoint that the job names.
+        """Load the checkpoint that the job names.
 
         Raises:
             UserError: it is damaged, or has no tokenizer, or is of another model.
         """
-        found = checkpoint.load_or_fail(
+        loaded = checkpoint.load_or_fail(
             Path(str(job.config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology
         )
-        encoder = found.encoder()
-        return cls(_read(job, topology, found), encoder, int(found.state["step"]))
+        encoder = loaded.encoder()
+        return cls(_load_model(job, topology, loaded), encoder, int(loaded.state["step"]))
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of a prompt."""
+        """Return token numbers of a prompt."""
         tokens: list[int] = self.encoder.encode(text).tolist()
         return tokens
 
     def decode(self, tokens: list[int]) -> str:
-        """Their text."""
+        """Return the text of token numbers."""
         return self.encoder.decode(tokens)
 
     def score(self, texts: list[list[int]]) -> list[TokenLogprobs]:
@@ -80,14 +72,14 @@ class Generator:
     ) -> list[list[Completion]]:
         """See ``gpt.inference.types.TextGenerator``."""
         self.model.eval()
-        go_on = keep_going or (lambda: True)
+        keep_going = keep_going or (lambda: True)
         decoder = Decoder(self.model, prompts, sampling.max_new_tokens)
         if sampling.num_beams > 1:
-            return beams(decoder, prompts, sampling, self.encoder, go_on)
-        return sample(decoder, prompts, sampling, self.encoder, on_piece or (lambda piece: None), go_on)
+            return beam_search(decoder, prompts, sampling, self.encoder, keep_going)
+        return sample(decoder, prompts, sampling, self.encoder, on_piece or (lambda piece: None), keep_going)
 
 
-def _read(job: Job, topology: Topology, found: Checkpoint) -> GPT:
+def _load_model(job: Job, topology: Topology, loaded: Checkpoint) -> GPT:
     """Build this rank's part of the model and load its shards."""
     dtype = job.config.precision.dtype
 
@@ -97,8 +89,8 @@ def _read(job: Job, topology: Topology, found: Checkpoint) -> GPT:
 
     model = GPT(job.config, topology, to_dtype)
     try:
-        reshard.load_model(topology, model.logical_parameters(), found.model(), parameter_shapes(job.config))
+        reshard.load_model(topology, model.logical_parameters(), loaded.model(), parameter_shapes(job.config))
     except ValueError as error:
-        raise UserError(f"{found.path}: {error}") from error
+        raise UserError(f"{loaded.path}: {error}") from error
     model.eval()
     return model

@@ -1,4 +1,4 @@
-"""How probable texts are. B rows, T positions, M = B T, H hidden, V vocabulary."""
+"""Score texts. B rows, T positions, M = B T, H hidden, V vocabulary."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from gpt.utils.arrays import Array
 
 
 def score(model: GPT, texts: list[list[int]]) -> list[TokenLogprobs]:
-    """See ``gpt.inference.types.Scorer``; every rank of the model's topology is asked alike and hears the same.
+    """Return log probabilities of texts, token numbers; a collective call with the same result on all ranks.
 
-    Args:
-        model: in evaluation mode.
-        texts: token numbers, none empty, none longer than the model's positions.
+    The model is in evaluation mode, no text empty or longer than its positions and one more.
     """
     pads_B = max(map(len, texts)) - np.array([len(text) for text in texts])
     rows_BT = np.array([[0] * pad + text for pad, text in zip(pads_B, texts, strict=True)], dtype=np.int64)
@@ -30,22 +28,21 @@ def score(model: GPT, texts: list[list[int]]) -> list[TokenLogprobs]:
         last = min(first + PREFILL_COLUMNS, columns)
         with paddle.no_grad():
             x_BTH = model.extend(paddle.to_tensor(rows_BT[:, first:last]), cache)
-            parts.append(_on_all(model, x_BTH, rows_BT[:, first + 1 : last + 1]))
-    found_BT3 = np.concatenate(parts, axis=1)
-    kept = [found_T3[pad:].T.tolist() for pad, found_T3 in zip(pads_B, found_BT3, strict=True)]
-    return [TokenLogprobs(logprobs, [int(t) for t in best], tops) for logprobs, best, tops in kept]
+            parts.append(_broadcast_scores(model, x_BTH, rows_BT[:, first + 1 : last + 1]))
+    rows = [scores_T3[pad:].T.tolist() for pad, scores_T3 in zip(pads_B, np.concatenate(parts, axis=1), strict=True)]
+    return [TokenLogprobs(logprobs, [int(t) for t in best], tops) for logprobs, best, tops in rows]
 
 
-def _on_all(model: GPT, x_BTH: Tensor, labels_BT: Array) -> Array:
-    """What the last stage knows, on all ranks: log probability, best token, its log probability, in the last axis."""
+def _broadcast_scores(model: GPT, x_BTH: Tensor, labels_BT: Array) -> Array:
+    """Return, on all ranks, log probability, best token and its log probability in the last axis."""
     shape = [labels_BT.size, 3]
-    found: Array = pipeline_comm.broadcast_from_last_stage(
-        model.topology, shape, "float32", lambda: _of_hidden(model, x_BTH, labels_BT)
+    scores_M3: Array = pipeline_comm.broadcast_from_last_stage(
+        model.topology, shape, "float32", lambda: _head_scores(model, x_BTH, labels_BT)
     ).numpy()
-    return found.reshape(*labels_BT.shape, 3).astype(np.float64)
+    return scores_M3.reshape(*labels_BT.shape, 3).astype(np.float64)
 
 
-def _of_hidden(model: GPT, x_BTH: Tensor, labels_BT: Array) -> Tensor:
+def _head_scores(model: GPT, x_BTH: Tensor, labels_BT: Array) -> Tensor:
     x_MH, labels_M = model.norm(x_BTH).flatten(0, 1), paddle.to_tensor(labels_BT.ravel())
     nll_M, best_M, best_nll_M = head_scores(model.topology, x_MH, model.word.weight, labels_M, model.config.model.vocab)
     return paddle.stack([-nll_M, best_M.astype("float32"), -best_nll_M], axis=-1)  # float32 is exact below 2^24

@@ -18,16 +18,18 @@ SHOWN = 5  # bad prompts that a message names
 
 
 def check(config: Config, vocabulary: Path | None) -> list[str]:
-    """What keeps a generation from starting, each a sentence.
-
-    Args:
-        config: of the command, with the trained model's shape.
-        vocabulary: the tokenizer of the checkpoint.
-    """
+    """Return what keeps a generation from starting, each a sentence; ``vocabulary`` is the checkpoint's tokenizer."""
     settings = config.generate
     if vocabulary is None:
         return [NO_TEXT]
-    problems = list(_modes(config))
+    replicas = config.parallel.dp_degree * config.parallel.sharding_degree
+    problems = []
+    if settings.interactive and settings.prompts:
+        problems.append("generate.interactive=true asks for prompts itself: it does not go with generate.prompts")
+    if settings.interactive and replicas > 1:
+        problems.append(
+            f"generate.interactive=true continues one prompt at a time: {replicas} replicas cannot share it"
+        )
     if settings.output and Path(settings.output).exists():
         problems.append(f"generate.output={settings.output} exists: choose another name")
     if settings.interactive:
@@ -49,18 +51,8 @@ def check(config: Config, vocabulary: Path | None) -> list[str]:
     return problems
 
 
-def _modes(config: Config) -> list[str]:
-    settings, replicas = config.generate, config.parallel.dp_degree * config.parallel.sharding_degree
-    found = []
-    if settings.interactive and settings.prompts:
-        found.append("generate.interactive=true asks for prompts itself: it does not go with generate.prompts")
-    if settings.interactive and replicas > 1:
-        found.append(f"generate.interactive=true continues one prompt at a time: {replicas} replicas cannot share it")
-    return found
-
-
 def read(settings: Generate) -> list[str]:
-    """All prompts.
+    """Return all prompts.
 
     Raises:
         UserError: the file cannot be read, or holds no prompts.

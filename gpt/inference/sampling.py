@@ -1,4 +1,4 @@
-"""Texts from logits by sampling; greedy is temperature 0. B rows, V vocabulary."""
+"""Sample texts: penalties, temperature, top-k and top-p; greedy is temperature 0. B rows, V vocabulary."""
 
 from __future__ import annotations
 
@@ -20,39 +20,87 @@ OnPiece = Callable[[TextDelta], None]
 KeepGoing = Callable[[], bool]
 
 
+def apply_penalties(logits_V: Array, sampling: Sampling, seen: list[int], new: int, eot: int | None) -> Array:
+    """Apply the repetition penalty and the minimal length; return the same array if there is nothing to do.
+
+    The penalty divides positive logits of ``seen`` tokens and multiplies negative ones (Keskar et al., 2019). ``eot``
+    cannot come before ``min_new_tokens``; ``new`` is the number of new tokens so far.
+    """
+    early = eot is not None and new < sampling.min_new_tokens
+    if sampling.repetition_penalty == 1 and not early:
+        return logits_V
+    out: Array = logits_V.copy()
+    if sampling.repetition_penalty != 1:
+        index = np.unique(seen)
+        logits = out[index]
+        out[index] = np.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    if early:
+        out[eot] = -np.inf
+    return out
+
+
+def sample_token(logits_V: Array, sampling: Sampling, rng: np.random.Generator) -> int:
+    """Draw one token: temperature, then the top k (ties kept), then the smallest set of mass top p (Holtzman 2019).
+
+    Temperature 0 takes the largest and draws nothing; top_k 0 and top_p 1 are off.
+    """
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    candidates = np.arange(len(logits_V))
+    if 0 < sampling.top_k < len(logits_V):
+        least = np.partition(logits_V, -sampling.top_k)[-sampling.top_k]
+        candidates = np.flatnonzero(logits_V >= least)
+    logits: Any = logits_V[candidates].astype(np.float64)
+    probability = np.exp((logits - logits.max()) / sampling.temperature)
+    probability /= probability.sum()
+    if sampling.top_p < 1:
+        order = np.argsort(-probability, kind="stable")
+        mass_before = np.cumsum(probability[order]) - probability[order]
+        probability[order[mass_before >= sampling.top_p]] = 0.0
+    mass = probability.cumsum()
+    return int(candidates[np.searchsorted(mass, rng.random() * mass[-1], side="right")])
+
+
+def log_probabilities(logits_BV: Array) -> Array:
+    """Return the log of the softmax over the last axis."""
+    shifted = logits_BV - logits_BV.max(-1, keepdims=True)
+    logprobs: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logprobs
+
+
 @dataclass
 class Sequence:
-    """A text in the making; a random one draws from its own numbers, which do not depend on what else is written."""
+    """A text in the making, with a random generator of its own: it does not depend on the other texts of the batch."""
 
     prompt: int
     number: int
-    given: list[int]
-    growing: IncrementalDetokenizer
+    prompt_tokens: list[int]
+    detokenizer: IncrementalDetokenizer
     rng: np.random.Generator
     new: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str | None = None
 
     def add(self, token: int, logprob: float, sampling: Sampling, eot: int | None) -> TextDelta:
-        """Put a token at the end, or end before it."""
+        """Append a token, or end before it."""
         text = ""
         if token == eot:
             self.finish = "stop"
         else:
             self.new.append(token)
             self.logprobs.append(logprob)
-            text = self.growing.add(token)
-            if self.growing.stopped:
+            text = self.detokenizer.add(token)
+            if self.detokenizer.stopped:
                 self.finish = "stop"
             elif len(self.new) == sampling.max_new_tokens:
                 self.finish = "length"
         if self.finish:
-            text += self.growing.rest()
+            text += self.detokenizer.flush()
         return TextDelta(self.prompt, self.number, text, len(self.new), self.finish)
 
     def completion(self) -> Completion:
-        """As it is."""
-        return Completion(self.growing.text, self.new, self.finish or "stop", self.logprobs)
+        """Return the text so far."""
+        return Completion(self.detokenizer.text, self.new, self.finish or "stop", self.logprobs)
 
 
 def sample(
@@ -63,7 +111,7 @@ def sample(
     on_piece: OnPiece,
     keep_going: KeepGoing,
 ) -> list[list[Completion]]:
-    """``sampling.num_return_sequences`` independent texts for each prompt."""
+    """Return ``sampling.num_return_sequences`` independent texts for each prompt."""
     count = sampling.num_return_sequences
     sequences = [
         Sequence(
@@ -77,89 +125,20 @@ def sample(
         for s in range(count)
     ]
     active = sequences
-    decoder.take([sequence.prompt for sequence in sequences])
+    decoder.select_rows([sequence.prompt for sequence in sequences])
     while active and keep_going():
-        chosen = _next_tokens(decoder.logits_BV, active, sampling, encoder.eot)
-        for sequence, (token, logprob) in zip(active, chosen, strict=True):
-            on_piece(sequence.add(token, logprob, sampling, encoder.eot))
-        going = [i for i, sequence in enumerate(active) if sequence.finish is None]
-        if len(going) < len(active):
-            active = [active[i] for i in going]
+        logprobs_BV = log_probabilities(decoder.logits_BV)
+        for raw_V, logprobs_V, sequence in zip(decoder.logits_BV, logprobs_BV, active, strict=True):
+            seen = sequence.prompt_tokens + sequence.new
+            logits_V = apply_penalties(raw_V, sampling, seen, len(sequence.new), encoder.eot)
+            token = sample_token(logits_V, sampling, sequence.rng)
+            on_piece(sequence.add(token, float(logprobs_V[token]), sampling, encoder.eot))
+        unfinished = [i for i, sequence in enumerate(active) if sequence.finish is None]
+        if len(unfinished) < len(active):
+            active = [active[i] for i in unfinished]
             if active:
-                decoder.take(going)
+                decoder.select_rows(unfinished)
         if active:
-            decoder.append([sequence.new[-1] for sequence in active])
+            decoder.step([sequence.new[-1] for sequence in active])
     texts = [sequence.completion() for sequence in sequences]
     return [texts[i : i + count] for i in range(0, len(texts), count)]
-
-
-def _next_tokens(
-    logits_BV: Array, sequences: list[Sequence], sampling: Sampling, eot: int | None
-) -> list[tuple[int, float]]:
-    """A token for each sequence, and its log probability as the model has it."""
-    logprobs_BV = log_probabilities(logits_BV)
-    found = []
-    for row, sequence in enumerate(sequences):
-        logits_V = apply_penalties(logits_BV[row], sampling, sequence.given + sequence.new, len(sequence.new), eot)
-        token = sample_token(logits_V, sampling, sequence.rng)
-        found.append((token, float(logprobs_BV[row, token])))
-    return found
-
-
-# Which token comes next, from one row of logits. V vocabulary.
-
-
-def apply_penalties(logits_V: Array, sampling: Sampling, seen: list[int], new: int, eot: int | None) -> Array:
-    """Logits after the repetition penalty and the least length; the same array if there is nothing to do.
-
-    Args:
-        logits_V: float32.
-        sampling: its penalty divides positive logits of tokens that were there and multiplies negative ones
-            (Keskar et al., 2019).
-        seen: the prompt and what followed.
-        new: tokens that followed.
-        eot: end-of-text, which cannot come before ``min_new_tokens``.
-    """
-    early = eot is not None and new < sampling.min_new_tokens
-    if sampling.repetition_penalty == 1 and not early:
-        return logits_V
-    out: Array = logits_V.copy()
-    if sampling.repetition_penalty != 1:
-        index = np.unique(seen)
-        some = out[index]
-        out[index] = np.where(some > 0, some / sampling.repetition_penalty, some * sampling.repetition_penalty)
-    if early:
-        out[eot] = -np.inf
-    return out
-
-
-def sample_token(logits_V: Array, sampling: Sampling, rng: np.random.Generator) -> int:
-    """Draw one token: temperature, then the top k (ties kept), then the smallest set of mass top p (Holtzman 2019).
-
-    Args:
-        logits_V: float32.
-        sampling: temperature 0 takes the largest; top_k 0 and top_p 1 are off.
-        rng: advanced by one draw, unless the largest is taken.
-    """
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    candidates = np.arange(len(logits_V))
-    if 0 < sampling.top_k < len(logits_V):
-        least = np.partition(logits_V, -sampling.top_k)[-sampling.top_k]
-        candidates = np.flatnonzero(logits_V >= least)
-    some: Any = logits_V[candidates].astype(np.float64)
-    probability = np.exp((some - some.max()) / sampling.temperature)
-    probability /= probability.sum()
-    if sampling.top_p < 1:
-        order = np.argsort(-probability, kind="stable")
-        mass_before = np.cumsum(probability[order]) - probability[order]
-        probability[order[mass_before >= sampling.top_p]] = 0.0
-    mass = probability.cumsum()
-    return int(candidates[np.searchsorted(mass, rng.random() * mass[-1], side="right")])
-
-
-def log_probabilities(logits_BV: Array) -> Array:
-    """Log of the softmax over the last axis."""
-    shifted = logits_BV - logits_BV.max(-1, keepdims=True)
-    found: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return found

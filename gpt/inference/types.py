@@ -1,4 +1,4 @@
-"""What is asked for and what comes back: plain values, no Paddle, so that a driver and a server know them too."""
+"""Values and protocols of text generation; no Paddle."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gpt.config.sampling import Sampling
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A part of a text as it comes.
+    """A part of a text, streamed.
 
     Attributes:
         prompt: number of the prompt.
         sequence: number among the texts of that prompt.
-        text: new characters; nothing that a stop string or half a character could still take back.
+        text: new characters, which no stop string or half a character can change any more.
         tokens: so far.
         finish: with the last piece: ``stop`` (end-of-text or a stop string) or ``length``.
     """
@@ -34,7 +34,7 @@ class Completion:
 
     Attributes:
         text: without end-of-text and without the stop string.
-        tokens: that were chosen, those of a stop string too, an end-of-text not.
+        tokens: with those of a stop string, without an end-of-text.
         finish: ``stop`` (end-of-text or a stop string) or ``length``.
         logprobs: of each token, as the model has it (beam search: after the repetition penalty).
     """
@@ -47,11 +47,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """What a model thinks of a text: an entry for every token but the first.
+    """Log probabilities of a text: an entry for every token but the first.
 
     Attributes:
         logprobs: log probability of the token after those before it.
-        best: the most probable token there.
+        best: the most probable token in its place.
         best_logprobs: its log probability.
     """
 
@@ -61,16 +61,16 @@ class TokenLogprobs:
 
 
 class TextGenerator(Protocol):
-    """A model at work. Prompts are token numbers below ``vocab``, none empty, none longer than ``positions``."""
+    """A model that continues texts. Prompts are token numbers below ``vocab``, at least 1, at most ``positions``."""
 
     positions: int
     vocab: int
 
     def encode(self, text: str) -> list[int]:
-        """Token numbers of a prompt; any thread may ask."""
+        """Return token numbers of a prompt; thread-safe."""
 
     def decode(self, tokens: list[int]) -> str:
-        """Their text; any thread may ask."""
+        """Return the text of token numbers; thread-safe."""
 
     def write(
         self,
@@ -82,16 +82,16 @@ class TextGenerator(Protocol):
         """Continue each prompt ``sampling.num_return_sequences`` times.
 
         Args:
-            prompts: continued side by side; each gets the text that it would get alone.
+            prompts: one batch; each gets the text that it would get alone.
             sampling: without ``problems``.
-            on_piece: told of parts as they come; not in a beam search.
-            keep_going: asked before every token; when it says False, what is there is returned.
+            on_piece: takes parts as they are generated; not in a beam search.
+            keep_going: called before every token; when it returns False, the texts so far are returned.
         """
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """A writer that also says how probable texts are."""
+    """A generator that also returns log probabilities."""
 
     def score(self, texts: list[list[int]]) -> list[TokenLogprobs]:
-        """Of each text, which is like a prompt."""
+        """Score each text, which is like a prompt."""

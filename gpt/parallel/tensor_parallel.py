@@ -1,7 +1,7 @@
-"""Fleet's layers for weights that are shared out among the mp ranks, and the head over a shared-out vocabulary.
+"""Fleet's tensor-parallel layers, and the head over a split vocabulary.
 
-With sequence parallel (Korthikanti et al., 2022) what all mp ranks would compute alike between the split linears
-is shared out by position: activations are TBH there, as Fleet wants them, each rank with its T / mp positions.
+With sequence parallel (Korthikanti et al., 2022) the activations between the split linears are split by position:
+TBH, as Fleet wants them, each rank with its T / mp positions.
 
 M rows, H hidden, V vocabulary rows of this rank.
 """
@@ -23,29 +23,29 @@ def _zeros() -> Any:
 
 
 def column_linear(size_in: int, size_out: int, *, by_position: bool) -> nn.Layer:
-    """Each rank computes its share of the output columns; ``by_position``: from all ranks' positions."""
+    """Return a linear whose output columns are split; ``by_position``: from all ranks' positions."""
     kind = sequence.ColumnSequenceParallelLinear if by_position else fleet.meta_parallel.ColumnParallelLinear
     return kind(size_in, size_out, weight_attr=_zeros(), has_bias=True, gather_output=False)
 
 
 def row_linear(size_in: int, size_out: int, *, by_position: bool) -> nn.Layer:
-    """Each rank has its share of the input columns; the outputs are added up, ``by_position``: for its positions."""
+    """Return a linear whose input columns are split and whose outputs are summed; ``by_position``: reduce-scattered."""
     kind = sequence.RowSequenceParallelLinear if by_position else fleet.meta_parallel.RowParallelLinear
     return kind(size_in, size_out, weight_attr=_zeros(), has_bias=True, input_is_parallel=True)
 
 
 def own_positions(x_TBH: Tensor) -> Tensor:
-    """This rank's positions of what all ranks have; backward gathers."""
+    """Return this rank's positions of a replicated tensor; the backward pass gathers."""
     return sequence.ScatterOp.apply(x_TBH)
 
 
 def all_positions(x_TBH: Tensor) -> Tensor:
-    """The inverse of ``own_positions``."""
+    """Gather the positions of all ranks: the inverse of ``own_positions``."""
     return sequence.GatherOp.apply(x_TBH)
 
 
 def embedding(rows: int, size: int) -> nn.Layer:
-    """Each rank looks up its share of the rows; the results are added up."""
+    """Return an embedding whose rows are split and whose results are summed."""
     return fleet.meta_parallel.VocabParallelEmbedding(rows, size, weight_attr=_zeros())
 
 
@@ -68,7 +68,7 @@ def head_loss(
 
 
 def _logits(x_MH: Tensor, table_VH: Tensor, vocab: int, group: Any) -> Tensor:
-    """Logits of this rank's rows; those of padding rows are so low that they take no part."""
+    """Return the logits of this rank's rows; those of padding rows are so low that they do not count."""
     out_MV = paddle.matmul(x_MH, table_VH, transpose_y=True)
     rows = table_VH.shape[0]
     real = min(max(vocab - group.rank * rows, 0), rows)

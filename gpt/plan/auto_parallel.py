@@ -35,8 +35,6 @@ KEYS = tuple(f.name for f in dataclasses.fields(Parallel) if f.name in vars(sear
 ONE = {"sequence_parallel": False}  # and 1 for all others
 FREE = ("trainer.micro_batch_size", "model.recompute", "model.no_recompute_layers")  # unless the user gives them
 EXPERIMENTS = ("experiment", "debug", "local")  # groups whose files are what a user gives
-_CHOSEN: dict[str, AutoParallelResult] = {}  # by what it is a function of: a command asks for the same several times
-_TAKEN: dict[str, tuple[AutoParallelResult, str]] = {}  # with what to type for it, by the configuration it became
 
 
 StoredConfig = Callable[[Config], Config | None]
@@ -60,8 +58,8 @@ def auto_keys(composed: DictConfig) -> list[str]:
 
 def resolve_auto(
     composed: DictConfig, choices: dict[str, Any], overrides: Sequence[str], config_of: StoredConfig
-) -> tuple[DictConfig, list[str]]:
-    """A composed configuration with degrees for all that have none.
+) -> tuple[DictConfig, list[str], AutoParallelResult | None]:
+    """Choose degrees for a composed configuration that has none.
 
     Args:
         composed: without its ``hydra`` node; it stays as it is.
@@ -70,26 +68,24 @@ def resolve_auto(
         config_of: returns what ``checkpoint=`` was trained with; None if that cannot be read.
 
     Returns:
-        The configuration, and the problems that kept degrees from being chosen.
+        The configuration, the problems that kept degrees from being chosen, and the choice if there was one to make.
     """
     free = auto_keys(composed)
     if not free:
-        return composed, []
+        return composed, [], None
     alone, problems = _without_layout(composed, free, choices, config_of)
     if alone is None or problems:
-        return composed, problems
+        return composed, problems, None
     given = _given(alone, composed, free, _named(choices, overrides))
     try:
-        found = _chosen(alone, given)
+        pool = _ground(alone)
+        choice = _choose(alone, pool, given)
     except UserError as error:
-        return composed, [line[4:] for line in str(error).splitlines()[1:]]
-    result, changed = _with(composed, found.taken, free, given)
+        return composed, error.problems, None
+    result, changed = _with(composed, choice.taken, free, given)
     if alone.task is Task.plan and alone.device.name is None:  # what was chosen for it is also planned for it
-        result.device = OmegaConf.structured(_ground(alone).device)
-    typed = check(result, choices)[0]
-    if typed is not None:
-        _TAKEN[_key(typed)] = found, " ".join(_equivalent_overrides(typed, changed))
-    return result, []
+        result.device = OmegaConf.structured(pool.device)
+    return result, [], replace(choice, changed=changed)
 
 
 def for_task(whole: DictConfig, composed: DictConfig) -> DictConfig:
@@ -111,20 +107,23 @@ def name(parallel: dict[str, Any], preset: str) -> str:
     return _preset(degrees) or degrees_name(degrees)
 
 
-def show(config: Config, console: Console) -> None:
-    """The best layouts, why, and what was taken; nothing if the degrees of ``config`` were not chosen."""
-    found, command = _TAKEN.get(_key(config), (None, ""))
-    if found is None:
+def show(choice: AutoParallelResult | None, config: Config, console: Console) -> None:
+    """Print the best layouts, why, and what was taken for ``config``; nothing if there was no choice."""
+    if choice is None:
         return
-    title = f"parallel=auto: {found.number:,} layouts of {found.where} fit"
-    console.columns(title, *report.choice_columns(found))
-    rows = [(str(number), why) for number, why in enumerate(explain.reasons(found), 1)]
-    rows += [("assumed", "; ".join(found.assumed) + ": times only compare")] if found.assumed else []
-    console.table("why", [*rows, ("taken", f"{layout(found.taken)}: {command}")])
+    title = f"parallel=auto: {choice.number:,} layouts of {choice.where} fit"
+    console.columns(title, *report.choice_columns(choice))
+    rows = [(str(number), why) for number, why in enumerate(explain.reasons(choice), 1)]
+    rows += [("assumed", "; ".join(choice.assumed) + ": times only compare")] if choice.assumed else []
+    command = " ".join(equivalent_overrides(choice, config.parallel))
+    console.table("why", [*rows, ("taken", f"{layout(choice.taken)}: {command}")])
 
 
-def _key(config: Config) -> str:
-    return repr((config.model, config.parallel, config.trainer, config.data.seq_len, config.precision))
+def equivalent_overrides(choice: AutoParallelResult, degrees: Parallel) -> list[str]:
+    """Return what to type for the same run without ``parallel=auto``."""
+    preset = _preset(degrees)
+    keys = [] if preset else search.degree_keys(degrees)
+    return [f"parallel={preset or 'single'}", *keys, *(f"{key}={value}" for key, value in choice.changed.items())]
 
 
 def _without_layout(
@@ -147,12 +146,10 @@ def _without_layout(
     ]
     if config is None or problems:
         return None, problems
-    config.trainer.micro_batch_size = micro
-    config.plan.devices = composed.plan.devices
-    if config.checkpoint and needs_checkpoint(config.task) and (there := config_of(config)):
-        there.task, there.plan, there.device, there.cluster = config.task, config.plan, config.device, config.cluster
-        there.parallel = config.parallel
-        return there, []
+    config = derived.replace_in(config, {"trainer.micro_batch_size": micro, "plan.devices": composed.plan.devices})
+    if config.checkpoint and needs_checkpoint(config.task) and (stored := config_of(config)):
+        kept = ("task", "plan", "device", "cluster", "parallel")
+        return replace(stored, **{key: getattr(config, key) for key in kept}), []
     return config, []
 
 
@@ -175,26 +172,19 @@ def _given(alone: Config, composed: DictConfig, free: list[str], named: set[str]
     return LayoutConstraints(**kept)
 
 
-def _chosen(alone: Config, given: LayoutConstraints) -> AutoParallelResult:
-    """The choice for this machine, or what ``plan.devices`` and ``device`` say.
+def _choose(alone: Config, pool: DevicePool, given: LayoutConstraints) -> AutoParallelResult:
+    """Choose for the training, whatever the task: a task on a trained run must find it.
 
     Raises:
-        UserError: there is none.
+        UserError: no layout fits.
     """
-    ground = _ground(alone)
-    key = repr(
-        (alone.model, alone.data.seq_len, alone.trainer, alone.optimizer, alone.precision, alone.plan, ground, given)
-    )
-    if key not in _CHOSEN:
-        # For the training, whatever the task: a task on a trained run must find it.
-        job = replace(alone, task=Task.pretrain, device=ground.device, plan=replace(alone.plan, devices=None))
-        count = ground.count
-        if not ground.exact:  # of cores that do not divide the batch the most that do
-            layouts = (n for n in range(count, 0, -1) if explain.legal(_batch_for(job, n, given), n, given))
-            count = next(layouts, count)
-        where = ground.where if count == ground.count else f"{count} of {ground.where}"
-        _CHOSEN[key] = explain.choose(_batch_for(job, count, given), count, where, given)
-    return _CHOSEN[key]
+    job = replace(alone, task=Task.pretrain, device=pool.device, plan=replace(alone.plan, devices=None))
+    count = pool.count
+    if not pool.exact:  # of cores that do not divide the batch the most that do
+        layouts = (n for n in range(count, 0, -1) if explain.legal(_batch_for(job, n, given), n, given))
+        count = next(layouts, count)
+    where = pool.where if count == pool.count else f"{count} of {pool.where}"
+    return explain.choose(_batch_for(job, count, given), count, where, given)
 
 
 def _batch_for(config: Config, count: int, given: LayoutConstraints) -> Config:
@@ -222,7 +212,7 @@ def _with(
                                              global_batch_size=composed.trainer.global_batch_size))  # fmt: skip
         if given.micro_batch_size is None and micro_batch_size(now) != micro_batch_size(taken):
             changed["trainer.micro_batch_size"] = taken.trainer.micro_batch_size
-            now.trainer.micro_batch_size = taken.trainer.micro_batch_size
+            now = derived.replace_in(now, {"trainer.micro_batch_size": taken.trainer.micro_batch_size})
         if global_batch_size(now) != global_batch_size(taken) or accumulate_steps(now) != accumulate_steps(taken):
             changed["trainer.global_batch_size"] = global_batch_size(taken)
         if composed.model.recompute is not taken.model.recompute:
@@ -234,17 +224,10 @@ def _with(
     return result, changed
 
 
-def _equivalent_overrides(config: Config, changed: dict[str, Any]) -> list[str]:
-    """What to type for the same run."""
-    preset = _preset(config.parallel)
-    degrees = [] if preset else search.degree_keys(config.parallel)
-    return [f"parallel={preset or 'single'}", *degrees, *(f"{key}={value}" for key, value in changed.items())]
-
-
 def _preset(degrees: Parallel) -> str | None:
     """The option of ``parallel`` that has just these degrees."""
     for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
-        loaded = OmegaConf.merge(OmegaConf.structured(Parallel), OmegaConf.load(path))
+        loaded = OmegaConf.merge(derived.schema(Parallel), OmegaConf.load(path))
         if not OmegaConf.missing_keys(loaded) and degrees == OmegaConf.to_object(loaded):
             return path.stem
     return None

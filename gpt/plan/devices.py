@@ -10,7 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from gpt.config.cluster import Device
-from gpt.config.derived import peak, resolve_device, world_size
+from gpt.config.derived import peak, resolve_device, schema, world_size
 from gpt.config.schema import Config, DType
 from gpt.config.task_schemas import DeviceSpec, Peaks
 from gpt.utils import machine
@@ -40,7 +40,7 @@ def table() -> dict[str, DeviceSpec]:
     for path in sorted(Path(conf_dir(), "device").glob("*.yaml")):
         loaded = OmegaConf.load(path)
         if isinstance(loaded, DictConfig) and loaded.get("match"):
-            spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DeviceSpec), loaded))
+            spec = OmegaConf.to_object(OmegaConf.merge(schema(DeviceSpec), loaded))
             assert isinstance(spec, DeviceSpec)
             found[path.stem] = spec
     return found
@@ -50,7 +50,7 @@ def this_host() -> DeviceSpec:
     """``device=cpu``: this host as it was measured, with None where it was not."""
     path = Path(conf_dir(), "device", "cpu.yaml")
     OmegaConf.register_new_resolver("calibrated", calibrated, replace=True)
-    spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DeviceSpec), OmegaConf.load(path)))
+    spec = OmegaConf.to_object(OmegaConf.merge(schema(DeviceSpec), OmegaConf.load(path)))
     assert isinstance(spec, DeviceSpec)
     return spec
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gpt.config.derived import accumulate_steps, global_batch_size, world_size
 from gpt.config.rules import missing_device_keys
@@ -40,6 +41,7 @@ class AutoParallelResult:
         devices: how many.
         where: what they are, in words.
         assumed: what is not known of the device and was put in its place; then times only compare.
+        changed: keys beside the degrees that the command did not have so.
     """
 
     best: list[Candidate]
@@ -47,6 +49,7 @@ class AutoParallelResult:
     devices: int
     where: str
     assumed: list[str]
+    changed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def taken(self) -> Config:

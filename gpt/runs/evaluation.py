@@ -85,8 +85,10 @@ def of_text(loss: float, predicted: int, words: int, size: int) -> dict[str, flo
 
 
 def write(run_dir: Path, key: str, record: dict[str, Any]) -> None:
-    """Put a record into ``evaluation.json``, atomically; those of other kinds stay."""
-    write_json(run_dir / FILE, {**read(run_dir), key: record})
+    """Put a record at the end of ``evaluation.json``, atomically; those of other kinds stay."""
+    records = read(run_dir)
+    records.pop(key, None)
+    write_json(run_dir / FILE, {**records, key: record})
 
 
 def read(run_dir: Path) -> dict[str, Any]:

@@ -76,9 +76,9 @@ class Cell:
 
     def state(self) -> State:
         """What has become of it, as its run's folder says."""
-        return State.running if run_dir.is_locked(self.run_dir) else self.left()
+        return State.running if run_dir.is_locked(self.run_dir) else self.last_state()
 
-    def left(self) -> State:
+    def last_state(self) -> State:
         """The same for who holds the run's lock. What is not training leaves no record there: it is new."""
         if not self.trains or self.config.trainer.resume is Resume.never:
             return State.new
@@ -123,22 +123,23 @@ class Cell:
             found = losses[-1] if losses else None
         return float(found) if found is not None else None
 
-    def freeze(self, file: Path) -> None:
-        """Write the command as it is now: what is edited in ``conf/`` later does not change it."""
-        frozen = {"overrides": self.overrides, "run_dir": str(self.run_dir.resolve()), "config": plain(self.config)}
-        write_atomic(file, json.dumps({**frozen, "differs": self.differs}, indent=2), durable=False)
+    def save(self, file: Path) -> None:
+        """Write the cell as a job without data: what is edited in ``conf/`` later does not change it."""
+        fields = run_dir.job_fields(self.config, self.run_dir.resolve(), [*run_dir.COMMAND, *self.overrides])
+        write_atomic(file, json.dumps({**fields, "differs": self.differs}, indent=2), durable=False)
 
     @classmethod
-    def thaw(cls, file: Path) -> Cell:
-        """Read what ``freeze`` wrote.
+    def load(cls, file: Path) -> Cell:
+        """Read what ``save`` of this or an earlier version wrote.
 
         Raises:
             UserError: it is not such a file.
         """
         try:
-            frozen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            config = run_dir.stored_config(frozen["config"], None)
-            return cls(frozen["overrides"], config, Path(frozen["run_dir"]), frozen["differs"])
+            stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            config = run_dir.stored_config(stored["config"], None)
+            overrides = stored["overrides"] if "overrides" in stored else stored["command"][len(run_dir.COMMAND) :]
+            return cls(overrides, config, Path(stored["run_dir"]), stored["differs"])
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"{file}: not a frozen command of this version ({why}); type it again") from error
@@ -187,7 +188,7 @@ class Folder:
                 about: dict[str, Any] = {"overrides": cell.overrides, "differs": cell.differs}
                 about["run_dir"] = os.path.relpath(cell.run_dir.resolve(), self.path.resolve())  # both may be moved
                 known["cells"][cell.name] = about
-                cell.freeze(self.frozen(cell))
+                cell.save(self.frozen(cell))
             write_json(self.path / "grid.json", {**known, "name": self.path.name, "command": command})
         finally:
             lock.release()

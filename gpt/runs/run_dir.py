@@ -99,6 +99,14 @@ def find_existing(name: str, folder: Path = Path("outputs")) -> str:
     return there[0] if len(there) == 1 and name not in there else name
 
 
+COMMAND = ["python", "-m", "gpt.main"]
+
+
+def job_fields(config: Config, run_dir: Path, command: list[str]) -> dict[str, Any]:
+    """Return what every frozen job has; a cell of a grid is a job without data."""
+    return {"config": plain(config), "run_dir": str(run_dir), "command": command}
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a worker needs, as ``job.json`` holds it."""
@@ -113,10 +121,8 @@ class Job:
         write_json(
             file or self.run_dir / "job.json",
             {
-                "config": plain(self.config),
+                **job_fields(self.config, self.run_dir, self.command),
                 "data": self.data.plain(),
-                "run_dir": str(self.run_dir),
-                "command": self.command,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "versions": versions(),
                 "machine": machine(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 from gpt.config import rules
-from gpt.config.derived import replicas
+from gpt.config.derived import replace_in, replicas
 from gpt.config.schema import TASK_SECTIONS, Config, Parallel
 from gpt.data import tokenizer_files
 from gpt.data.corpus import DatasetInfo
@@ -40,7 +41,7 @@ def results_dir(named: Path) -> Path:
 
 
 def job(config: Config, run_dir: Path) -> Job:
-    """The trained job, with what this command asks for put in.
+    """Return the trained job with the sections of this command.
 
     Args:
         config: of the command.
@@ -51,17 +52,17 @@ def job(config: Config, run_dir: Path) -> Job:
     """
     source = Path(config.checkpoint) if config.checkpoint else run_dir
     stored = _stored(source, run_dir, config)
-    asked = stored.config
-    for name in COMMAND_SECTIONS:
-        setattr(asked, name, getattr(config, name))
-    asked.checkpoint = str(source.resolve())
-    asked.parallel = _for_inference(config.parallel)
-    micro = asked.trainer.micro_batch_size or 1
-    asked.trainer.micro_batch_size = micro
-    asked.trainer.global_batch_size = micro * replicas(asked) * asked.parallel.pp_degree
-    if problems := rules.rule_problems(asked):
+    micro = stored.config.trainer.micro_batch_size or 1
+    values = {name: getattr(config, name) for name in COMMAND_SECTIONS} | {
+        "checkpoint": str(source.resolve()),
+        "parallel": _for_inference(config.parallel),
+        "trainer.micro_batch_size": micro,
+        "trainer.global_batch_size": micro * replicas(config) * config.parallel.pp_degree,
+    }
+    merged = replace_in(stored.config, values)
+    if problems := rules.rule_problems(merged):
         raise UserError.of(problems)
-    return stored
+    return dataclasses.replace(stored, config=merged)
 
 
 def _stored(source: Path, run_dir: Path, now: Config) -> Job:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from gpt.runs import evaluation
+from gpt.runs.run_dir import Job
 from gpt.tasks.spec import Command, Driver, TaskSpec, launch_on_checkpoint
+from gpt.utils.console import Console
 
 
 def check(command: Command) -> list[str]:
@@ -12,13 +14,16 @@ def check(command: Command) -> list[str]:
 
 
 def run(command: Command, driver: Driver) -> float | None:
-    """Launch the ranks and show the records that they have added."""
-    before = evaluation.read(command.run_dir)
+    """Launch the ranks and show their record."""
     launch_on_checkpoint(command, driver)
-    for name, record in evaluation.read(command.run_dir).items():
-        if record != before.get(name):
-            driver.console.table(name, list(evaluation.rows(record)))
+    return conclude(command.trained, driver.console)
+
+
+def conclude(job: Job, console: Console) -> float | None:
+    """Show the newest record."""
+    name, record = list(evaluation.read(job.run_dir).items())[-1]
+    console.table(name, list(evaluation.rows(record)))
     return None
 
 
-TASK = TaskSpec(check, run, worker="gpt.tasks.workers.evaluate")
+TASK = TaskSpec(check, run, conclude=conclude, worker="gpt.tasks.workers.evaluate")

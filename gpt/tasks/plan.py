@@ -9,7 +9,7 @@ from typing import Any
 from gpt.config.derived import world_size
 from gpt.config.schema import Config
 from gpt.plan import auto_parallel, report, summary
-from gpt.plan.explain import Verdict, check_fit
+from gpt.plan.explain import AutoParallelResult, Verdict, check_fit
 from gpt.plan.pipeline_plot import draw
 from gpt.plan.pipeline_simulation import timeline
 from gpt.plan.search import Candidate, search
@@ -24,18 +24,19 @@ LAYOUT_KEYS = (
 )  # fmt: skip
 
 
-def show(config: Config, console: Console, overrides: list[str]) -> None:
+def show(config: Config, console: Console, overrides: list[str], choice: AutoParallelResult | None = None) -> None:
     """Print what a job would need, how long it would take, whether it fits, and with ``plan.search`` what is best.
 
     Args:
         config: of the job.
         console: to print on.
         overrides: of the command, to print one for the best layout.
+        choice: of ``parallel=auto``.
 
     Raises:
         UserError: it does not fit, and ``plan.require_fit`` is set.
     """
-    auto_parallel.show(config, console)
+    auto_parallel.show(choice, config, console)
     if config.plan.search:
         _show_search(config, console, overrides)
         return
@@ -144,7 +145,7 @@ def is_plan(composed: Any) -> bool:
 
 def run(command: Command, driver: Driver) -> float | None:
     """Show the plan."""
-    show(command.config, driver.console, command.overrides)
+    show(command.config, driver.console, command.overrides, command.choice)
     return None
 
 

@@ -64,10 +64,10 @@ def run(command: Command, driver: Driver) -> float | None:
         job = Job(config, data, run_dir.resolve(), command.words)
         job.write()
         provenance.note_start(run_dir, job.command, max(runs.checkpoint_steps(run_dir), default=0), world_size(config))
-        auto_parallel.show(config, console)
+        auto_parallel.show(command.choice, config, console)
         console.header(_header(job, driver.role))
         driver.launch(job, run_dir / "job.json", lock)
-    return _sum_up(job, console)
+    return conclude(job, console)
 
 
 def _header(job: Job, role: LaunchEnvironment) -> list[tuple[str, str]]:
@@ -93,7 +93,8 @@ def _header(job: Job, role: LaunchEnvironment) -> list[tuple[str, str]]:
     ]
 
 
-def _sum_up(job: Job, console: Console) -> float | None:
+def conclude(job: Job, console: Console) -> float | None:
+    """Show the result, the loss curve and what to try next; return the validation loss."""
     from gpt.train.loss_curve import loss_curve
 
     result = runs.read_result(job.run_dir) or {}
@@ -117,4 +118,4 @@ def _sum_up(job: Job, console: Console) -> float | None:
     return float(value) if value is not None else None
 
 
-TASK = TaskSpec(check, run, worker="gpt.tasks.workers.pretrain")
+TASK = TaskSpec(check, run, conclude=conclude, worker="gpt.tasks.workers.pretrain")

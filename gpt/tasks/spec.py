@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt.config.schema import Config
-from gpt.runs.run_dir import Job
+from gpt.plan.explain import AutoParallelResult
+from gpt.runs.run_dir import COMMAND, Job
 from gpt.utils.console import Console
 from gpt.utils.files import Lock
 from gpt.utils.launch_env import LaunchEnvironment
@@ -25,17 +26,19 @@ class Command:
         run_dir: of its run.
         overrides: as typed.
         job: the trained job with this command's sections, for a task that needs a checkpoint.
+        choice: what ``parallel=auto`` chose.
     """
 
     config: Config
     run_dir: Path
     overrides: list[str]
     job: Job | None = None
+    choice: AutoParallelResult | None = None
 
     @property
     def words(self) -> list[str]:
         """The command line, for the record."""
-        return ["python", "-m", "gpt.main", *self.overrides]
+        return [*COMMAND, *self.overrides]
 
     @property
     def trained(self) -> Job:
@@ -71,6 +74,11 @@ def no_terminal(config: Config) -> bool:
     return False
 
 
+def no_results(job: Job, console: Console) -> float | None:
+    """Show nothing: the ranks have shown their results."""
+    return None
+
+
 def launch_on_checkpoint(command: Command, driver: Driver) -> float | None:
     """Run the task's ranks on the trained job; there is no validation loss to return."""
     job = command.trained
@@ -88,6 +96,8 @@ class TaskSpec:
     Attributes:
         check: returns problems that depend on this machine or on files, before anything is created.
         run: the driver's side; returns the validation loss for a sweeper to minimise, if the task has one.
+        conclude: shows the results of a job that has ended well, at the end of ``run``, or on rank 0 if an external
+            launcher has started it.
         worker: name of the module whose ``run(job, signals)`` each rank calls; only ranks import it.
         environment: variables of the ranks.
         terminal: whether rank 0 inherits the terminal, to show text as it comes or to read what is typed.
@@ -95,6 +105,7 @@ class TaskSpec:
 
     check: Callable[[Command], list[str]] = no_problems
     run: Callable[[Command, Driver], float | None] = launch_on_checkpoint
+    conclude: Callable[[Job, Console], float | None] = no_results
     worker: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     terminal: Callable[[Config], bool] = no_terminal

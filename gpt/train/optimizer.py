@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class CpuOffloadOptimizer:
-    """An optimizer whose float32 weights and slots are in host memory, and which computes there.
+    """Keeps float32 weights and slots in host memory and updates them there, for devices with little memory.
 
-    For devices that are short of memory: gradients go to the host and updated weights come back, once per step. The
-    copies bear the names of the parameters, so the state is that of an optimizer with master weights.
+    Gradients are copied to the host and updated weights back, once per step. The copies have the names of the
+    parameters, so the state is that of an optimizer with master weights.
 
     Args:
         parameters: on the device.
-        make: the optimizer over given parameters.
+        make: builds the optimizer over given parameters.
     """
 
     def __init__(self, parameters: list[paddle.Tensor], make: Callable[[list[paddle.Tensor]], Any]) -> None:
@@ -37,18 +37,18 @@ class CpuOffloadOptimizer:
         self.inner = make([host for _, host in self.pairs])
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of the next step."""
+        """Set the learning rate of the next step."""
         self.inner.set_lr(lr)
 
     def step(self) -> None:
-        """Update on the host; the parameters on the device get the result."""
+        """Update on the host, and copy the result to the device."""
         import paddle
 
         device = paddle.get_device()
         with paddle.no_grad():
             for p, host in self.pairs:
                 host.grad = p.grad.cpu().astype("float32")
-            paddle.set_device("cpu")  # where the slots are made
+            paddle.set_device("cpu")  # for the slots
             self.inner.step()
             paddle.set_device(device)
             for p, host in self.pairs:
@@ -56,27 +56,22 @@ class CpuOffloadOptimizer:
                 p.copy_(host.astype(p.dtype), False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Slots, and the float32 weights as master weights."""
+        """Return the slots, and the float32 weights as master weights."""
         return {**self.inner.state_dict(), "master_weights": {host.name: host for _, host in self.pairs}}
 
     def set_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``."""
+        """Load what ``state_dict`` returned."""
         master = state.pop("master_weights")
         for _, host in self.pairs:
             host.set_value(master[host.name])
         self.inner.set_state_dict(state)
 
 
-def build(
-    parameters: dict[str, paddle.Tensor],
-    settings: Optimizer,
-    *,
-    master_weights: bool,
-) -> Any:
+def build(parameters: Tensors, settings: Optimizer, *, master_weights: bool) -> Any:
     """Build the optimizer over all parameters; the trainer sets the learning rate and clips.
 
     Args:
-        parameters: by logical name, with their first values.
+        parameters: by logical name, with their initial values.
         settings: of the optimizer section.
         master_weights: keep float32 copies of weights of a smaller type.
     """
@@ -91,10 +86,9 @@ def build(
 
 @dataclass
 class DynamicLossScaler:
-    """What a float16 loss is multiplied by, so that small gradients do not vanish (Micikevicius et al., 2018).
+    """Factor of a float16 loss, so that small gradients do not vanish (Micikevicius et al., 2018).
 
-    Halved after a step whose gradients overflow, doubled after ``GOOD_STEPS`` that do not. The engine tells it what
-    the norm over all ranks was, so every rank has the same scale.
+    Halved after a step whose gradients overflow, doubled after ``GOOD_STEPS`` without overflow; the same on every rank.
     """
 
     value: float = 32768.0
@@ -104,14 +98,14 @@ class DynamicLossScaler:
     LEAST: ClassVar[float] = 2.0**-10
 
     def scale(self, loss: paddle.Tensor) -> paddle.Tensor:
-        """The loss to differentiate; Fleet's schedule calls it too."""
+        """Return the loss to differentiate; Fleet's schedule calls it too."""
         return loss * self.value
 
     def after_step(self, finite: bool) -> None:
-        """Adapt to what the step's gradients were.
+        """Adapt the scale to whether the gradients of a step were finite on all ranks.
 
         Raises:
-            GuardError: the gradients overflow at the least scale: it is not the scale that is wrong.
+            GuardError: the gradients overflow even at the least scale.
         """
         if not finite:
             self.value, self.good_steps = self.value / 2, 0
@@ -124,17 +118,17 @@ class DynamicLossScaler:
 
 
 def state_of(optimizer: Any, parameters: Tensors) -> tuple[Tensors, Tensors]:
-    """Float32 weights by logical name, where the optimizer keeps them, and slots by ``<logical name>.<slot>``."""
-    state = _inner(optimizer).state_dict()
+    """Return master weights, if any, by logical name, and slots by ``<logical name>.<slot>``."""
+    inner = vars(optimizer).get("_inner_opt", optimizer)  # under the semi-auto engine's wrapper
+    state = inner.state_dict()
     master = state.pop("master_weights", {})
     state.pop("LR_Scheduler", None)
-    return {name: master[p.name] for name, p in parameters.items() if p.name in master}, to_logical_names(
-        state, parameters
-    )
+    weights = {name: master[p.name] for name, p in parameters.items() if p.name in master}
+    return weights, to_logical_names(state, parameters)
 
 
 def to_logical_names(state: Tensors, parameters: Tensors) -> Tensors:
-    """Slots by ``<logical name>.<slot>``; Paddle's own keys depend on the order of construction."""
+    """Rename slots to ``<logical name>.<slot>``; Paddle's own keys depend on the order of construction."""
     by_paddle_name = sorted(((p.name, name) for name, p in parameters.items()), key=lambda pair: -len(pair[0]))
     slots = {}
     for key, value in state.items():
@@ -144,7 +138,7 @@ def to_logical_names(state: Tensors, parameters: Tensors) -> Tensors:
 
 
 def to_paddle_names(slots: dict[str, Any], parameters: Tensors) -> Tensors:
-    """The inverse of ``to_logical_names``, of arrays; slots of other parameters are left out."""
+    """Return tensors of slot arrays by Paddle's names, without those of other parameters."""
     import paddle
 
     state = {}
@@ -155,28 +149,11 @@ def to_paddle_names(slots: dict[str, Any], parameters: Tensors) -> Tensors:
     return state
 
 
-def restore(
-    optimizer: Any,
-    parameters: Tensors,
-    slots: dict[str, Any],
-    master: dict[str, Any],
-) -> None:
-    """The inverse of ``state_of``.
-
-    Args:
-        optimizer: freshly built.
-        parameters: by logical name.
-        slots: arrays by ``<logical name>.<slot>``.
-        master: float32 weights by logical name, empty if there are none.
-    """
+def restore(optimizer: Any, parameters: Tensors, slots: dict[str, Any], master: dict[str, Any]) -> None:
+    """Load the arrays of slots and master weights, named as by ``state_of``, into a new optimizer."""
     import paddle
 
     state: dict[str, Any] = to_paddle_names(slots, parameters)
     if master:
         state["master_weights"] = {p.name: paddle.to_tensor(master[n], dtype="float32") for n, p in parameters.items()}
     optimizer.set_state_dict(state)
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer under what the semi-auto engine wraps around it, whose state may be asked for at any time."""
-    return vars(optimizer).get("_inner_opt", optimizer)

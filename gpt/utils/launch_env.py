@@ -22,6 +22,11 @@ class WorkerEnv:
         cores: CPU cores to stay on.
         run_lock: descriptor of the run's lock, which the parent has taken.
         slot_locks: descriptors of the locks of the job's slots.
+        peers: descriptors of the connections to the other ranks if an external launcher has started them, as
+            ``gpt.utils.peers`` uses them: on rank 0 one per other rank, elsewhere one to rank 0.
+        log_sizes: bytes of all ranks' logs before this start; empty if a driver watches the ranks.
+        hang_seconds: ``cluster.hang_seconds``, likewise.
+        concludes: the worker shows the results of the job, as there is no driver any more.
         tuned: threads and allocator are set, which must be done before a process starts.
     """
 
@@ -31,6 +36,10 @@ class WorkerEnv:
     cores: tuple[int, ...] = ()
     run_lock: int | None = None
     slot_locks: tuple[int, ...] = ()
+    peers: tuple[int, ...] = ()
+    log_sizes: tuple[int, ...] = ()
+    hang_seconds: int = 0
+    concludes: bool = False
     tuned: bool = False
 
     def to_env(self) -> dict[str, str]:

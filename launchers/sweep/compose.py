@@ -18,10 +18,8 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig, OmegaConf
 
 from gpt import cli
-from gpt.config.derived import needs_checkpoint
 from gpt.config.schema import Config
 from gpt.data import corpus
-from gpt.runs import source
 from gpt.runs.grid import Cell, label
 from gpt.tasks import plan
 from gpt.utils.errors import UserError
@@ -159,10 +157,8 @@ def cell(composer: Composer, overrides: list[str], differs: list[str], outputs: 
 def _cell(
     composed: DictConfig, choices: dict[str, Any], overrides: list[str], differs: list[str], outputs: Path
 ) -> Cell:
-    config = cli.validate_or_fail(composed, choices, overrides)
-    if config.checkpoint and needs_checkpoint(config.task):
-        return Cell(overrides, config, source.results_dir(Path(config.checkpoint)), differs)
-    return Cell(overrides, config, outputs / cli.name_of_run(composed, choices, overrides, outputs), differs)
+    job = cli.resolve(composed, choices, overrides, outputs)
+    return Cell(overrides, job.config, job.run_dir(outputs), differs)
 
 
 def plans(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Composed]:
@@ -171,8 +167,9 @@ def plans(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str]
     found: list[Composed] = []
     for overrides in map(list, all_overrides):
         try:
-            config, problems = cli.validate(*composer.compose(overrides), overrides)
-            found.append((overrides, problems if problems or config is None else config))
+            found.append((overrides, cli.resolve(*composer.compose(overrides), overrides).config))
+        except UserError as error:
+            found.append((overrides, error.problems))
         except cli.CONFIG_ERRORS as error:
             found.append((overrides, [str(error).splitlines()[0]]))
     return found

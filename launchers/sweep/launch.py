@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from gpt.config import cluster_rules
 from gpt.config.cluster import ClusterKind
+from gpt.config.derived import replace_in
 from gpt.runs import wandb_run
 from gpt.runs.grid import Cell, Folder, name_of
 from gpt.runs.report import report
@@ -58,8 +60,7 @@ def launch(
         remote.prepared(cells, console)
     arguments = list(master.hydra.overrides.task)
     folder = Folder(outputs / "grids" / (master.grid.name or name(arguments)))
-    for cell in cells:
-        label_for_wandb(cell, folder)
+    cells = [label_for_wandb(cell, folder) for cell in cells]
     command = ["python", "-m", "gpt.main", *sys.argv[1:]]
     # Composed, checked: from here on it matters where the cells run.
     try:
@@ -81,12 +82,15 @@ def close(folder: Folder, console: Console, *, show: bool = True) -> None:
         console.next_commands(later)
 
 
-def label_for_wandb(cell: Cell, folder: Folder) -> None:
-    """What W&B calls a cell, and the grid that it is of."""
+def label_for_wandb(cell: Cell, folder: Folder) -> Cell:
+    """Return the cell with its name in W&B, and the grid that it is of."""
     wandb = cell.config.logger.wandb
-    wandb.group = wandb.group or folder.path.name
-    wandb.name = wandb.name or (cell.label if cell.differs else None)
-    wandb.links = wandb.links or str((folder.path / "wandb").resolve())
+    values = {
+        "logger.wandb.group": wandb.group or folder.path.name,
+        "logger.wandb.name": wandb.name or (cell.label if cell.differs else None),
+        "logger.wandb.links": wandb.links or str((folder.path / "wandb").resolve()),
+    }
+    return dataclasses.replace(cell, config=replace_in(cell.config, values))
 
 
 def raise_for_failures(returns: Sequence[JobReturn]) -> None:

@@ -14,8 +14,8 @@ from gpt.runs.grid import STOPPED, Cell, Folder, State
 from gpt.utils import machine
 from gpt.utils.console import Console
 from gpt.utils.errors import JobFailed
+from gpt.utils.outcome import SHOWN_LINES
 from gpt.utils.signals import BAD_INPUT
-from launchers.outcome import SHOWN_LINES
 from launchers.sweep import checks, display
 from launchers.sweep.display import CellOutcome, Line
 from launchers.sweep.pool import Pool, PoolJob, Running
@@ -84,7 +84,7 @@ class Runner:
         cell, outcome = self.cells[entry.name], self.outcomes[entry.name]
         if outcome.state != "elsewhere" and entry.attempt:
             return True
-        now = cell.left()
+        now = cell.last_state()
         if now is State.done or (now is State.failed and outcome.before is not State.failed):
             outcome.state = "done elsewhere" if now is State.done else "failed"
             outcome.code = 0 if now is State.done else 1

@@ -54,7 +54,7 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
     @functools.cache
     def made(proposal: Proposal) -> Cell:
         cell = compose.cell(composer, [*kept, *proposal.overrides], list(proposal.overrides), outputs)
-        launch.label_for_wandb(cell, folder)
+        cell = launch.label_for_wandb(cell, folder)
         folder.add([cell], command)
         return cell
 
@@ -181,7 +181,7 @@ class Searcher(Runner):
         if waits:  # the same values once more: one run answers both
             return None
         self.cells[cell.name], self.outcomes[cell.name] = cell, display.CellOutcome(before=cell.state())
-        if cell.left() is State.done:
+        if cell.last_state() is State.done:
             self.outcomes[cell.name].state = "done before"
             self._tell(cell.name)
             return None
@@ -198,6 +198,6 @@ class Searcher(Runner):
 
     def _tell(self, name: str, *, pruned: bool = False) -> None:
         cell, self._asked = self.cells[name], 0.0  # there is room again
-        value = cell.value() if cell.left() is State.done else None
+        value = cell.value() if cell.last_state() is State.done else None
         for number in self.numbers.pop(name):
             self.trials.finish(number, value, pruned=pruned)

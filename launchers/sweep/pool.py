@@ -18,7 +18,7 @@ from typing import Protocol
 
 from gpt.utils.files import Lock
 from gpt.utils.launch_env import WorkerEnv
-from launchers.outcome import END_SECONDS, GRACE_SECONDS
+from gpt.utils.outcome import END_SECONDS, GRACE_SECONDS
 from launchers.sweep.slots import SlotLease, Slots
 
 POLL_SECONDS = 0.1

@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _command() -> None:
-    cell = Cell.thaw(Path(sys.argv[1]))
+    cell = Cell.load(Path(sys.argv[1]))
     driver.preflight(cell.config, cell.run_dir)
     driver.run(cell.config, cell.run_dir, cell.overrides)
 

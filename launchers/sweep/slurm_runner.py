@@ -23,9 +23,9 @@ from gpt.runs.grid import STOPPED, Cell, Folder, State
 from gpt.utils.console import Console
 from gpt.utils.errors import JobFailed, UserError
 from gpt.utils.files import Lock, short
+from gpt.utils.outcome import SHOWN_LINES
 from gpt.utils.signals import FAILED
 from launchers import slurm
-from launchers.outcome import SHOWN_LINES
 from launchers.slurm import Batch
 from launchers.sweep.display import CellOutcome
 
@@ -148,9 +148,9 @@ def on_a_node(cell: Cell) -> Cell:
     """The cell as it is frozen: there it is a command for that host."""
     asked = cell.config.cluster
     here = Cluster(ClusterKind.local, asked.device, asked.threads, asked.hang_seconds)
-    trainer = dataclasses.replace(cell.config.trainer)
+    trainer = cell.config.trainer
     if trainer.resume is Resume.never:  # what there was is aside by now; a job that is requeued goes on
-        trainer.resume = Resume.auto
+        trainer = dataclasses.replace(trainer, resume=Resume.auto)
     config = dataclasses.replace(cell.config, cluster=here, trainer=trainer, dry_run=False)
     return dataclasses.replace(cell, config=config)
 

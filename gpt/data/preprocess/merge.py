@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,7 @@ from gpt.utils.arrays import Array
 
 FILES = ("_ids.npy", "_idx.npz")
 VAL = "_val"
-BLOCK = 1 << 16  # documents put in order together
-WRITE_BYTES = 4 << 20
+WRITE_TOKENS = 2 << 20  # written together
 OPEN_FILES = 64
 
 
@@ -25,18 +25,15 @@ class _Tables:
     """Tables over all chunks: hash, text bytes, sentences and tokens of each document; first document of each chunk."""
 
     def __init__(self, folder: Path, count: int, limit: int | None) -> None:
-        lens, docs, sizes, hashes = [], [], [], []
+        empty = {"lens": np.int32, "docs": np.int32, "sizes": np.int32}
+        parts: dict[str, list[Array]] = {name: [np.empty(0, dtype)] for name, dtype in empty.items()}
+        parts["hashes"] = [np.empty((0, 2), np.uint64)]
         for number in range(count):
             with np.load(folder / f"{number}.npz", allow_pickle=False) as stored:
-                lens.append(stored["lens"])
-                docs.append(stored["docs"])
-                sizes.append(stored["sizes"])
-                hashes.append(stored["hashes"])
-        self.chunk_start = np.cumsum([0, *(len(d) for d in docs)])
-        self.lens: Array = np.concatenate(lens) if lens else np.empty(0, np.int32)
-        self.sentences: Array = np.concatenate(docs) if docs else np.empty(0, np.int32)
-        self.sizes: Array = np.concatenate(sizes) if sizes else np.empty(0, np.int32)
-        self.hashes: Array = np.concatenate(hashes) if hashes else np.empty((0, 2), np.uint64)
+                for name, arrays in parts.items():
+                    arrays.append(stored[name])
+        self.chunk_start = np.cumsum([len(docs) for docs in parts["docs"]])
+        self.lens, self.sentences, self.sizes, self.hashes = map(np.concatenate, parts.values())
         self.first_sentence = np.cumsum(np.concatenate([[0], self.sentences]), dtype=np.int64)
         # Tokens of a document begin in its chunk's file at this one.
         begins = np.cumsum(np.concatenate([[0], self.lens]), dtype=np.int64)[self.first_sentence]
@@ -80,27 +77,28 @@ def merge(plan: PreprocessPlan, count: int, encoder: Encoder, seed: int) -> dict
 def _write(plan: PreprocessPlan, tables: _Tables, order: Array, encoder: Encoder, ending: str) -> dict[str, Any]:
     dtype = np.dtype(np.uint16 if encoder.vocab <= 1 << 16 else np.int32)
     counts = np.zeros(encoder.vocab, dtype=np.int64)
-    files = _Files(plan.folder)
     ids_path, idx_path = (plan.folder / f"{ending}{name}" for name in FILES)
-    try:
-        with open(ids_path, "w+b") as out:
-            write_header(out, dtype, 0)
-            for start in range(0, len(order), BLOCK):
-                rows: list[bytes] = []
-                held = 0
-                for document in order[start : start + BLOCK].tolist():
-                    first, size = int(tables.begins[document]), int(tables.tokens[document])
-                    raw = files.read(int(tables.chunk_of[document]), first * dtype.itemsize, size * dtype.itemsize)
-                    rows.append(raw)
-                    held += len(raw)
-                    if held >= WRITE_BYTES:
-                        rows, held = _flush(out, rows, dtype, counts), 0
-                _flush(out, rows, dtype, counts)
-            write_header(out, dtype, int(counts.sum()))
-            out.flush()
-            os.fsync(out.fileno())
-    finally:
-        files.close()
+
+    @functools.lru_cache(OPEN_FILES)
+    def chunk_ids(number: int) -> Array:
+        return np.memmap(plan.folder / f"{number}.ids", dtype, mode="r")
+
+    ends = np.cumsum(tables.tokens[order])
+    cuts = np.searchsorted(ends, np.arange(WRITE_TOKENS, ends[-1] if len(ends) else 0, WRITE_TOKENS))
+    with open(ids_path, "wb") as out:
+        write_header(out, dtype, 0)
+        for documents in np.split(order, cuts):
+            rows = [np.empty(0, dtype)]
+            places = zip(tables.chunk_of[documents], tables.begins[documents], tables.tokens[documents], strict=True)
+            for chunk, begin, size in places:
+                if size:  # an empty file cannot be mapped; a copy keeps no file open
+                    rows.append(np.array(chunk_ids(int(chunk))[begin : begin + size]))
+            joined = np.concatenate(rows)
+            counts += np.bincount(joined, minlength=len(counts))
+            out.write(joined.data)
+        write_header(out, dtype, int(counts.sum()))
+        out.flush()
+        os.fsync(out.fileno())
     kept = tables.sentences[order]
     docs = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)
     within = np.arange(docs[-1]) - np.repeat(docs[:-1], kept)
@@ -118,32 +116,3 @@ def _write(plan: PreprocessPlan, tables: _Tables, order: Array, encoder: Encoder
         "bytes_per_token": size / total if total else None,
         "unigram_entropy": float(-(share * np.log(share)).sum()),
     }
-
-
-def _flush(out: BinaryIO, rows: list[bytes], dtype: np.dtype[Any], counts: Array) -> list[bytes]:
-    """Write the rows, count their tokens and return an empty list for the next ones."""
-    joined = b"".join(rows)
-    counts += np.bincount(np.frombuffer(joined, dtype), minlength=len(counts))
-    out.write(joined)
-    return []
-
-
-class _Files:
-    """The chunks' token files, a few open at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._open: dict[int, BinaryIO] = {}
-
-    def read(self, number: int, first: int, size: int) -> bytes:
-        """Return ``size`` bytes of chunk ``number`` from byte ``first``."""
-        if number not in self._open:
-            if len(self._open) >= OPEN_FILES:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[number] = open(self._folder / f"{number}.ids", "rb")  # noqa: SIM115
-        return os.pread(self._open[number].fileno(), size, first)
-
-    def close(self) -> None:
-        """Close all files."""
-        for file in self._open.values():
-            file.close()

@@ -97,12 +97,6 @@ def _first_records(sources: list[Source], config: Config) -> list[str]:
 def prepare(config: Config, say: Say, show: Callable[[ReadProgress], None], cores: int) -> dict[str, Any]:
     """Make the files and return the manifest. Call ``check`` first.
 
-    Args:
-        config: of the job.
-        say: takes a sentence on what happens.
-        show: takes the progress after each chunk.
-        cores: default of ``prepare.workers``.
-
     Raises:
         UserError: another process prepares the same files.
         TooManyBadRecords: too much of the input is unreadable.

@@ -1,4 +1,4 @@
-"""The address of ``task=serve``, found out to be usable before a model is loaded."""
+"""The address of ``task=serve``, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ import socket
 from gpt.config.task_schemas import Serve
 from gpt.utils.errors import UserError
 
-PACKAGES = ("starlette", "uvicorn")
+PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
 def problems(settings: Serve) -> list[str]:
-    """What keeps a server from listening here: packages, the key, the address."""
-    found = []
-    lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if lacking:
-        found.append(f"task=serve needs the packages {', '.join(lacking)}: pip install 'gpt-runner[serve]'")
+    """Return what keeps a server from listening here: packages, the key, the address."""
+    problems = []
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        problems.append(f"task=serve needs the packages {', '.join(missing)}: pip install 'gpt-runner[serve]'")
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
-        found.append(f"serve.api_key_env={settings.api_key_env}: there is no such environment variable, or it is empty")
+        problems.append(
+            f"serve.api_key_env={settings.api_key_env}: there is no such environment variable, or it is empty"
+        )
     try:
         bind(settings).close()
     except UserError as error:
-        found.append(str(error))
-    return found
+        problems.append(str(error))
+    return problems
 
 
 def bind(settings: Serve) -> socket.socket:
-    """A socket at the address, on which nobody is heard yet.
+    """Bind a socket to the address.
 
     Raises:
-        UserError: the port is taken or not allowed, or there is no such host.
+        UserError: the port is taken or not allowed, or the host unknown.
     """
     place = f"serve.host={settings.host} serve.port={settings.port}"
     try:
@@ -56,11 +58,11 @@ def bind(settings: Serve) -> socket.socket:
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether only this machine can reach it."""
+    """Return whether only this machine can reach it."""
     return ipaddress.ip_address(str(listener.getsockname()[0]).partition("%")[0]).is_loopback
 
 
 def url(listener: socket.socket) -> str:
-    """What a client on this machine calls it."""
+    """Return the address for a client on this machine."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"

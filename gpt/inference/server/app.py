@@ -1,4 +1,4 @@
-"""HTTP as OpenAI's clients speak it, over a ``Desk``: it checks, lets wait, and passes on what the model writes."""
+"""OpenAI-compatible HTTP routes over a ``RequestQueue``."""
 
 from __future__ import annotations
 
@@ -39,24 +39,16 @@ from gpt.inference.server.request_queue import (
 from gpt.inference.types import TextDelta, TextGenerator
 
 RETRY = {"Retry-After": "2"}  # seconds
-LEAVE_SECONDS = 3  # for answers to reach their clients when the server ends
+LEAVE_SECONDS = 3  # for responses to reach their clients when the server ends
 DISCARDED = 64 << 20  # bytes of a body too large that are read, so that the client gets to read why
 STREAM = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # proxies pass pieces on as they come
-NOBODY = 499  # nginx's: the client closed the connection
-OURS = "the server failed; its log says why"
+CLIENT_CLOSED_REQUEST = 499  # nginx's
+SERVER_ERROR = "the server failed; its log says why"
 PATHS = "POST /v1/completions, GET /v1/models, GET /health"
 
 
 class CompletionsApp:
-    """The routes. ``writer`` is there from ``open`` on.
-
-    Args:
-        settings: the limits.
-        defaults: of what requests do not say.
-        model: what the model is called.
-        desk: where somebody takes the orders.
-        key: that clients must send; None: anyone may ask.
-    """
+    """The routes; ``defaults`` are of fields that a request does not give, clients must send ``key``."""
 
     def __init__(
         self, settings: Serve, defaults: Generate, model: str, desk: RequestQueue, key: str | None = None
@@ -76,14 +68,14 @@ class CompletionsApp:
             exception_handlers={
                 HTTPException: _http_error,
                 ApiError: _api_error,
-                ClientDisconnect: _nobody,
-                Exception: _our_error,
+                ClientDisconnect: _client_closed,
+                Exception: _server_error,
             },
         )
         self.app.router.redirect_slashes = False
 
     def open(self, writer: TextGenerator) -> None:
-        """The model is there: take orders."""
+        """Accept requests for the model, which is loaded now."""
         self._writer = writer
         self._desk.open()
 
@@ -106,7 +98,7 @@ class CompletionsApp:
         return {"id": self._model, "object": "model", "created": self._since, "owned_by": "gpt"}
 
     def _admit(self, request: Request) -> None:
-        """Refuse who has not the key."""
+        """Refuse a client without the key."""
         sent = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self._key is not None and not hmac.compare_digest(sent.encode("latin-1"), self._key.encode()):
             raise ApiError(401, "the header Authorization: Bearer KEY has not the server's key", code="invalid_api_key")
@@ -119,33 +111,31 @@ class CompletionsApp:
         check = functools.partial(
             openai_protocol.parse, body, self._model, self._defaults, self._settings, self._writer
         )
-        asked = await run_in_threadpool(check)  # a long prompt takes a while to encode
-        answers, visit = (
-            ResponseBuilder(asked, self._model, self._writer),
-            PendingRequest(asked.wish, self._desk, request),
-        )
-        await visit.turn(self._settings.queue_seconds)
-        if asked.stream:
-            return StreamingResponse(_events(visit, answers), headers=STREAM, media_type="text/event-stream")
-        done = await visit.news()
+        completion = await run_in_threadpool(check)  # a long prompt takes a while to encode
+        responses = ResponseBuilder(completion, self._model, self._writer)
+        pending = PendingRequest(completion.wish, self._desk, request)
+        await pending.started(self._settings.queue_seconds)
+        if completion.stream:
+            return StreamingResponse(_events(pending, responses), headers=STREAM, media_type="text/event-stream")
+        done = await pending.next_event()
         assert isinstance(done, Finished)
-        return JSONResponse(answers.whole(done))
+        return JSONResponse(responses.whole(done))
 
 
 class PendingRequest:
-    """An order, wanted for as long as its client waits for an answer.
+    """A request in the queue, for as long as its client is connected.
 
     Raises:
-        ApiError: there is no place.
+        ApiError: the queue is full.
     """
 
     def __init__(self, wish: GenerationRequest, desk: RequestQueue, request: Request) -> None:
         loop = asyncio.get_running_loop()
-        self._news: asyncio.Queue[Event | None] = asyncio.Queue()  # None: nobody is there to be told
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()  # None: the client has disconnected
 
-        def tell(news: Event) -> None:
+        def tell(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._news.put_nowait, news)
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._desk, self._order = desk, QueuedRequest(wish, tell)
         try:
@@ -155,54 +145,54 @@ class PendingRequest:
         self._watch = asyncio.create_task(self._until_gone(request))
 
     async def _until_gone(self, request: Request) -> None:
-        """Until the connection is closed, or whatever answer has been sent."""
+        """Wait until the connection is closed or the response sent."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         self._desk.leave(self._order)
-        self._news.put_nowait(None)
+        self._events.put_nowait(None)
 
-    async def turn(self, seconds: float) -> None:
-        """Wait for the model to begin.
+    async def started(self, seconds: float) -> None:
+        """Wait for the model to start on it.
 
         Raises:
             ApiError: it did not within ``seconds``, or will not.
-            ClientDisconnect: nobody waits any more.
+            ClientDisconnect: the client has disconnected.
         """
         try:
-            await asyncio.wait_for(self.news(), seconds)
+            await asyncio.wait_for(self.next_event(), seconds)
         except asyncio.TimeoutError as error:
             message = f"the request waited {seconds:g} s for its turn (serve.queue_seconds); try again later"
             raise ApiError(504, message) from error
 
-    async def news(self) -> Started | TextDelta | Finished:
-        """What happens next.
+    async def next_event(self) -> Started | TextDelta | Finished:
+        """Wait for the next event.
 
         Raises:
             ApiError: the model stopped.
-            ClientDisconnect: nobody waits any more.
+            ClientDisconnect: the client has disconnected.
         """
-        news = await self._news.get()
-        if isinstance(news, Started | TextDelta | Finished):
-            return news
-        if news is None:
+        event = await self._events.get()
+        if isinstance(event, Started | TextDelta | Finished):
+            return event
+        if event is None:
             raise ClientDisconnect
-        broken = isinstance(news, FailedError)
-        raise ApiError(500, OURS) if broken else ApiError(503, f"{news}; try again later")
+        failed = isinstance(event, FailedError)
+        raise ApiError(500, SERVER_ERROR) if failed else ApiError(503, f"{event}; try again later")
 
 
-async def _events(visit: PendingRequest, answers: ResponseBuilder) -> AsyncIterator[str]:
-    """Server-sent events: an object for every piece, and that it is all."""
+async def _events(pending: PendingRequest, responses: ResponseBuilder) -> AsyncIterator[str]:
+    """Yield server-sent events: an object for every piece, then ``[DONE]``."""
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
     try:
-        for body in answers.first():
+        for body in responses.first():
             yield event(body)
-        while isinstance(news := await visit.news(), Started | TextDelta):
+        while isinstance(news := await pending.next_event(), Started | TextDelta):
             if isinstance(news, TextDelta):
-                yield event(answers.piece(news))
-        for body in answers.last(news):
+                yield event(responses.piece(news))
+        for body in responses.last(news):
             yield event(body)
         yield "data: [DONE]\n\n"
     except ApiError as error:  # the status is sent already
@@ -212,24 +202,24 @@ async def _events(visit: PendingRequest, answers: ResponseBuilder) -> AsyncItera
 
 
 async def _json(request: Request, most: int) -> Any:
-    """The body, of at most so many bytes.
+    """Return the body, of at most ``most`` bytes.
 
     Raises:
         ApiError: it is too large or not JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which a page of another site cannot send without being asked about
+    if kind != "application/json":  # which a page of another site cannot send without a preflight request
         raise ApiError(415, f"Content-Type: application/json, not {kind or 'nothing'}")
     size, body = 0, bytearray()
-    asks_first = "expect" in request.headers and int(request.headers.get("content-length", "0")) > most
-    if not asks_first:
+    expects_continue = "expect" in request.headers and int(request.headers.get("content-length", "0")) > most
+    if not expects_continue:
         async for chunk in request.stream():
             size += len(chunk)
             if size <= most:
                 body += chunk
             elif size > DISCARDED:
                 break
-    if asks_first or size > most:
+    if expects_continue or size > most:
         raise ApiError(413, f"the body has more than {most} bytes (serve.max_body)")
     try:
         return json.loads(body)
@@ -238,10 +228,10 @@ async def _json(request: Request, most: int) -> Any:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """No such path, or another method."""
+    """Answer an unknown path or method."""
     assert isinstance(error, HTTPException)
-    what = HTTPStatus(error.status_code).phrase.lower()
-    message = f"{what}: {request.method} {request.scope['path'][:200]}; this server has {PATHS}"
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    message = f"{phrase}: {request.method} {request.scope['path'][:200]}; this server has {PATHS}"
     return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
 
@@ -251,18 +241,18 @@ async def _api_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, error.status, headers)
 
 
-async def _nobody(request: Request, error: Exception) -> Response:
-    """The client has gone, also where its body was still awaited."""
-    return Response(status_code=NOBODY)
+async def _client_closed(request: Request, error: Exception) -> Response:
+    """Answer a client that disconnected, perhaps before it sent its body."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def _our_error(request: Request, error: Exception) -> Response:
-    """Our own mistake; the server's log has it."""
-    return JSONResponse(ApiError(500, OURS).body, 500)
+async def _server_error(request: Request, error: Exception) -> Response:
+    """Answer after an error of the server, which its log has."""
+    return JSONResponse(ApiError(500, SERVER_ERROR).body, 500)
 
 
 class ServerThread:
-    """The routes at an address, in a thread."""
+    """An HTTP server in a thread."""
 
     def __init__(self, service: CompletionsApp, listener: socket.socket) -> None:
         config = uvicorn.Config(
@@ -281,7 +271,7 @@ class ServerThread:
         self._thread.start()
 
     def close(self) -> None:
-        """Let answers reach their clients, then end."""
+        """Let responses reach their clients, then end."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # clients that do not read are cut
         self._server.should_exit = True
         self._thread.join(LEAVE_SECONDS + 2)

@@ -1,4 +1,4 @@
-"""Where requests wait for the model: threads that speak HTTP bring them, the one that has the model takes them."""
+"""Queue between the HTTP threads and the thread that runs the model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gpt.inference.types import Completion, TextDelta, TokenLogprobs
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What the model is to do.
+    """Work for the model.
 
     Attributes:
         prompts: token numbers.
-        sampling: how to go on; None: not at all.
-        scores: whether the log probabilities of the prompts and of what follows are wanted.
-        pieces: whether parts are wanted as they come.
+        sampling: of the continuation; None: no continuation.
+        scores: whether to return log probabilities of prompts and continuations.
+        pieces: whether to stream.
     """
 
     prompts: list[list[int]]
@@ -29,23 +29,23 @@ class GenerationRequest:
 
 
 class Started:
-    """An order's turn has come."""
+    """A request is being processed."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Of each prompt its texts, and if wanted what the model thinks of the prompt followed by each."""
+    """The texts of each prompt, and on request the log probabilities of the prompt followed by each."""
 
     texts: list[list[Completion]]
     scored: list[list[TokenLogprobs]] | None = None
 
 
 class UnavailableError(Exception):
-    """It cannot be done now; the message says why."""
+    """The request cannot be processed now; the message says why."""
 
 
 class FailedError(Exception):
-    """It could not be done; the reason is in the server's log."""
+    """The request failed; the reason is in the server's log."""
 
 
 Event = TextDelta | Started | Finished | UnavailableError | FailedError
@@ -53,7 +53,7 @@ Event = TextDelta | Started | Finished | UnavailableError | FailedError
 
 @dataclass(eq=False)
 class QueuedRequest:
-    """A wish, and whom to tell: ``tell`` may be called by any thread. ``gone``: nobody waits for it any more."""
+    """A request and its thread-safe callback ``tell``. ``gone``: the client has disconnected."""
 
     wish: GenerationRequest
     tell: Callable[[Event], None]
@@ -61,14 +61,11 @@ class QueuedRequest:
 
 
 class RequestQueue:
-    """First come, first served. Every method may be called by any thread.
+    """First in, first out. Every method is thread-safe.
 
     Attributes:
         state: ``loading`` until ``open``, then ``ready``, and ``closing`` from ``close`` on.
-        running: the order whose turn it is.
-
-    Args:
-        places: for orders that wait.
+        running: the request that is being processed.
     """
 
     def __init__(self, places: int) -> None:
@@ -80,18 +77,18 @@ class RequestQueue:
 
     @property
     def waiting(self) -> int:
-        """Orders whose turn has not come."""
+        """Return the number of waiting requests."""
         return len(self._waiting)
 
     def open(self) -> None:
-        """From now on orders are taken."""
+        """Accept requests from now on."""
         self.state = "ready"
 
     def put(self, order: QueuedRequest) -> None:
-        """Let an order wait for its turn.
+        """Append a request.
 
         Raises:
-            UnavailableError: the model is not there (yet), or all places are taken.
+            UnavailableError: the model is not loaded, or all places are taken.
         """
         with self._change:
             if self.state != "ready":
@@ -102,14 +99,14 @@ class RequestQueue:
             self._change.notify()
 
     def leave(self, order: QueuedRequest) -> None:
-        """Nobody wants it any more: it loses its place, or ends early if its turn has come."""
+        """Remove a request whose client has disconnected; if it is running, it ends early."""
         with self._change:
             order.gone = True
             if order in self._waiting:
                 self._waiting.remove(order)
 
     def take(self, seconds: float) -> QueuedRequest | None:
-        """The next order, whose turn it is until ``done``; None if none comes in time."""
+        """Return the next request, which runs until ``done``; None if none arrives in time."""
         with self._change:
             if not self._waiting:
                 self._change.wait(seconds)
@@ -119,13 +116,13 @@ class RequestQueue:
         return self.running
 
     def done(self, news: Finished | UnavailableError | FailedError) -> None:
-        """Tell whoever waits for the running order how it ended."""
+        """Report how the running request ended."""
         assert self.running
         self.running.tell(news)
         self.running = None
 
     def close(self) -> None:
-        """Take no more orders; those that wait are told so."""
+        """Accept no more requests and refuse those that wait."""
         with self._change:
             self.state = "closing"
             left, self._waiting = list(self._waiting), deque()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,14 +112,12 @@ def find_tokenizer(config: Config) -> Path | None:
 
 def _config(config: Config, found: ImportedWeights, eot: int | None) -> Config:
     """Of the checkpoint: the model of the weights, and no data."""
-    made = one_rank(copy.deepcopy(config))
-    made.model = found.model
-    made.data = Data(
+    data = Data(
         kind=DataKind.tokens, path=None, blend=[], seq_len=found.model.positions, split=list(config.data.split),
         order=config.data.order, mask_eot=config.data.mask_eot, cache_dir=config.data.cache_dir,
         vocab=found.model.vocab, extensions=list(config.data.extensions), eot_id=eot,
     )  # fmt: skip
-    return made
+    return dataclasses.replace(one_rank(config), model=found.model, data=data)
 
 
 def run(config: Config, say: Callable[[str], None]) -> list[tuple[str, str]]:

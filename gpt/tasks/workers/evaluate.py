@@ -35,9 +35,9 @@ def run(job: Job, signals: Signals) -> int:
     """Write a record into ``evaluation.json``; returns the exit code. The driver shows it."""
     config, kind = job.config, job.config.evaluate.kind
     topology = Topology.initialize(config)
-    found = checkpoint.load_or_fail(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
+    source = checkpoint.load_or_fail(Path(str(config.checkpoint)), lambda line: say(f"WARNING: {line}"), topology)
     trainer = Trainer(config, topology, train=False)
-    trainer.load(found.model(), None, {})
+    trainer.load(source.model(), None, {})
 
     def stop() -> bool:  # a signal to any rank is one to all
         return topology.all_reduce_sum(float(signals.received is not None))[0] > 0
@@ -46,14 +46,14 @@ def run(job: Job, signals: Signals) -> int:
         return trainer.evaluator.totals(rows, config.evaluate.batch_size, config.evaluate.max_samples, stop)
 
     began = time.perf_counter()
-    own = job.data.fingerprint == found.state["data_fingerprint"]
+    own = job.data.fingerprint == source.state["data_fingerprint"]
     try:
         if kind is EvaluateKind.split:
             figures = _split(job, sums)
         elif kind is EvaluateKind.text:
-            figures = _text(job, sums, found.encoder())
+            figures = _text(job, sums, source.encoder())
         else:
-            figures = _cloze(job, sums, found.encoder())
+            figures = _cloze(job, sums, source.encoder())
     except evaluator.Interrupted:
         say("stopped; nothing was written")
         return 128 + (signals.received or Signal.SIGTERM)
@@ -61,8 +61,8 @@ def run(job: Job, signals: Signals) -> int:
 
     if topology.rank == 0:
         key = evaluation.name(config.evaluate, None if own else " and ".join(Path(p.path).name for p in job.data.parts))
-        step = found.state["step"]
-        evaluation.write(job.run_dir, key, {"checkpoint": str(found.path), "step": step, **figures})
+        step = source.state["step"]
+        evaluation.write(job.run_dir, key, {"checkpoint": str(source.path), "step": step, **figures})
         build.summarise(job, step, key, figures)
     return 0
 

@@ -1,4 +1,4 @@
-"""What Hydra calls for a grid (``-m``): how overrides become cells, and what runs them. The work is in ``gpt.grid``.
+"""Hydra's plugins: a grid (``-m``) becomes cells and runs them (``launchers.sweep``); a single run is checked first.
 
 Hydra takes plugins from the package ``hydra_plugins`` only, and imports all of it at every start: keep this light.
 """
@@ -73,21 +73,24 @@ class PoolLauncher(Launcher):
 
 
 class PreflightCallback(Callback):
-    """Looks at a single run before Hydra creates its directory, so that bad input leaves nothing behind."""
+    """Resolve and check a single run before Hydra creates its directory, so that bad input leaves nothing behind.
+
+    ``cli.COMMAND`` holds the job for ``gpt.main`` and for the resolvers of the run's name and directory.
+    """
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""
+        """Resolve and check; a callback's Exception would only be a warning to Hydra, so leave by SystemExit."""
         from gpt import cli
         from gpt.utils.errors import UserError
         from launchers import driver
 
         try:
-            job = cli.validate_or_fail(
-                cli.job_config(config), config.hydra.runtime.choices, list(config.hydra.overrides.task)
-            )
-            if job.optuna.search:
+            overrides = list(config.hydra.overrides.task)
+            job = cli.resolve(cli.job_config(config), config.hydra.runtime.choices, overrides)
+            if job.config.optuna.search:
                 raise UserError.of(["hparams=optuna makes many runs: add -m"])
-            driver.preflight(job, Path(str(config.hydra.run.dir)))
+            cli.COMMAND.set(job)
+            driver.preflight(job.config, Path(str(config.hydra.run.dir)))
         except UserError as error:
             cli.fail(str(error))
         except cli.CONFIG_ERRORS as error:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
 from typing import Protocol
 
-from gpt.utils.signals import GUARD
+from gpt.utils.signals import BAD_INPUT, FAILED, GUARD
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 SHOWN_LINES = 15
 READ_LINES = 60  # a reason may stand above a long trace
 SETTLE_SECONDS = 0.3  # ranks that fail together are compared before one is blamed
@@ -45,6 +48,42 @@ class Outcome:
     signal: signal.Signals | None = None
     reason: str = ""
 
+    @classmethod
+    def of(cls, rank: RankHandle, sent: Signals | None = None) -> Outcome:
+        """Return the outcome of a job that a rank's failure has ended.
+
+        Args:
+            rank: which has failed.
+            sent: the signal that the job was sent, if any.
+        """
+        assert rank.code
+        return cls(rank.code, rank.rank, rank.last_lines(), sent)
+
+    def report(self, logs: Path, missing: Callable[[], str]) -> tuple[str, int]:
+        """Return the message for the user, "" if rank 0 has printed the reason, and the exit code of the job.
+
+        Args:
+            logs: directory of the logs.
+            missing: names the ranks that are behind the others.
+        """
+        if self.reason:
+            return self.reason, self.code
+        if self.waited and not self.signal:  # Paddle's Gloo gives up after 30 s, long before the watchdog
+            message = f"STOPPED: worker {self.rank} timed out waiting for other ranks. {missing()}"
+            return f"{message}; the logs: {logs}/worker.R.log", GUARD
+        stopped = self.signal and self.code == 128 + self.signal
+        if stopped or (self.code == BAD_INPUT and self.rank == 0):
+            return "", self.code
+        if self.signal and self.code < 0:
+            return f"ended by {self.signal.name} before it could save", 128 + self.signal
+        if self.code < 0:
+            name = signal.Signals(-self.code).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            message = f"worker {self.rank} was ended by {name}{hint}; the same command goes on from the last checkpoint"
+            return f"{message}{self.shown}", FAILED
+        message = f"worker {self.rank} ended with exit code {self.code}; its log: {logs}/worker.{self.rank}.log"
+        return f"{message}{self.shown if self.rank else ''}", self.code  # rank 0's lines are on the terminal
+
     @property
     def shown(self) -> str:
         """The last lines as they are put below a message."""
@@ -61,8 +100,18 @@ class Outcome:
         return self.code != 0 and any(_PORT_TAKEN.search(line) for line in self.last_lines)
 
 
+def last_lines(log: Path, begin: int) -> tuple[str, ...]:
+    """Return the last lines of a log that were written after its first ``begin`` bytes."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(begin, log.stat().st_size - 64 * 1024))
+            return tuple(file.read().decode("utf-8", errors="replace").splitlines()[-READ_LINES:])
+    except OSError:
+        return ()
+
+
 class RankHandle(Protocol):
-    """A rank, here or elsewhere. ``ended`` is when it was seen to have ended, on this machine's clock."""
+    """A rank on this host or elsewhere. ``ended`` is when its end was noticed, on this machine's clock."""
 
     rank: int
     ended: float | None
@@ -99,7 +148,7 @@ def root_cause(workers: Sequence[RankHandle], now: float, sent: signal.Signals |
     if not failed:
         return None
     victims = {worker.rank for worker in failed if _lost_connection(worker)}
-    purposes = {GUARD, 128 + signal.SIGINT, 128 + signal.SIGTERM, -(sent or 0)}
+    purposes = {GUARD, *STOPPED, -(sent or 0)}
 
     def patience(worker: RankHandle) -> float:
         if worker.rank in victims:
