@@ -34,7 +34,7 @@ class Cache:
         columns_T = np.arange(self.length, self.length + count, dtype=np.int64)
         return np.maximum(columns_T[None] - self.pads_B[:, None], 0)
 
-    def take(self, rows: Array) -> None:
+    def reorder(self, rows: Array) -> None:
         """Make row i what row ``rows[i]`` is; there may be more or fewer rows than before."""
         if len(rows) == len(self.pads_B) and (rows == np.arange(len(rows))).all():
             return
