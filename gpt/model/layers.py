@@ -149,7 +149,8 @@ class LayerNorm(nn.LayerNorm):  # type: ignore[misc]
         """[..., H] to [..., H]."""
         if _on_cpu(x):
             return _apply(cpu_kernels.LayerNorm, x, self.weight, self.bias, self.epsilon)
-        return super().forward(x)
+        # Paddle's tracer follows super() one class up only, and ``FinalNorm`` is a class below.
+        return F.layer_norm(x, self._normalized_shape, self.weight, self.bias, self.epsilon)
 
 
 def head(topology: Topology, x_BH: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
