@@ -1,8 +1,8 @@
-"""The GPT as stages of a pipeline: the same parameters under the same names, shared out by layer.
+"""The GPT as stages of a pipeline: the same parameters under the same names, split by layer.
 
 B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) or the semi-auto engine's
 runs it. The word table is on the first stage, which looks up in it, and on the last, whose head
-is tied to it; their gradients are added up by the schedule.
+is tied to it; their gradients are summed by the schedule.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return parameters
 
     def initialise(self) -> None:
-        """Give every parameter its first value."""
+        """Give every parameter its initial value."""
         initialise(self.config, self.topology, self.logical_parameters())
 
     def forward(self, x: Tensor, chunk_id: int | None = None) -> Tensor:
-        """One micro batch through one (virtual) stage; Fleet's schedule calls it."""
+        """Run one micro batch through one (virtual) stage; Fleet's schedule calls it."""
         if self.training:
             chunk = chunk_id or 0
             virtual = ("chunk", chunk) if chunk else ()
@@ -107,7 +107,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return super().forward(x, chunk_id)
 
     def loss(self, x_BTH: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
-        """Weighted sum of the cross entropies, on the last stage; Fleet's schedule calls it."""
+        """Return the weighted sum of the cross entropies, on the last stage; Fleet's schedule calls it."""
         labels_BT, weight_BT = wanted
         m = self.config.model
         table_VH = self.shared_layers["word"].weight
@@ -122,11 +122,11 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return loss
 
     def begin(self) -> None:
-        """The next micro batch is the first of the step."""
+        """Begin a step: reset its loss and its count of micro batches."""
         self._begun, self.loss_sum = Counter(), 0.0
 
     def forward_backward(self, micros: Iterable[Micro], step: tuple[Any, ...], scaler: Any) -> float:
-        """All micro batches of a step, with gradients; returns the loss, which only the last stage knows.
+        """Compute the gradients of all micro batches of a step; return the loss on the last stage, elsewhere 0.
 
         Args:
             micros: ``accumulate_steps`` of them.
@@ -142,7 +142,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return self.loss_sum
 
     def evaluate(self, micros: Iterable[Micro]) -> float:
-        """The loss of ``accumulate_steps`` micro batches, which only the last stage knows."""
+        """Return the loss of ``accumulate_steps`` micro batches on the last stage, elsewhere 0."""
         self.loss_sum = 0.0
         self.schedule[0].eval_batch(iter(micros), compute_loss=True)
         return self.loss_sum
@@ -156,6 +156,6 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         (schedule,) = self.schedule
         unused = paddle.zeros([1], dtype="float32")
         schedule.eval_batch(iter([(inputs, (labels, unused)) for inputs, labels in micros]), compute_loss=True)
-        schedule._p2p_helper.clear_meta_cache()  # the shapes that the stages told each other
-        found, self._scored = self._scored, None
-        return found
+        schedule._p2p_helper.clear_meta_cache()  # shapes that the stages have exchanged
+        scores, self._scored = self._scored, None
+        return scores
