@@ -164,7 +164,7 @@ def test_no_gradient_flows_from_the_future() -> None:
     model = build("model.init_std=0.2", *NO_DROPOUT)
     x = tokens(1)
     for position in (0, 13, 31):
-        embedded = model._embed(x)
+        embedded = model.position(model.word(x))
         embedded.stop_gradient = False
         embedded.retain_grads()
         h = embedded
@@ -246,8 +246,8 @@ def test_decoding_with_a_cache_gives_the_logits_of_the_whole() -> None:
     with paddle.no_grad():
         whole = model(x).numpy()
         cache = model.new_cache(20, np.zeros(3, dtype=np.int64))
-        steps = [model.step(x[:, :7], cache).numpy()]
-        steps += [model.step(x[:, t : t + 1], cache).numpy() for t in range(7, 20)]
+        steps = [model.decode(x[:, :7], cache).numpy()]
+        steps += [model.decode(x[:, t : t + 1], cache).numpy() for t in range(7, 20)]
     np.testing.assert_allclose(np.stack(steps, 1), whole[:, 6:, : model.config.model.vocab], rtol=1e-3, atol=1e-4)
 
 

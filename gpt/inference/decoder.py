@@ -28,7 +28,7 @@ class Decoder:
     def select_rows(self, rows: list[int]) -> None:
         """Replace row i by row ``rows[i]``; there may be more or fewer rows than before."""
         index = np.array(rows, dtype=np.int64)
-        self._cache.take(index)
+        self._cache.reorder(index)
         self._rows = [list(self._rows[i]) for i in rows]
         self.logits_BV = self.logits_BV[index]
 
@@ -56,10 +56,10 @@ class Decoder:
         *chunks, last = range(0, longest, PREFILL_COLUMNS)
         with paddle.no_grad():
             for first in chunks:
-                self._model.extend(paddle.to_tensor(tokens_BT[:, first : first + PREFILL_COLUMNS]), self._cache)
+                self._model.forward_cached(paddle.to_tensor(tokens_BT[:, first : first + PREFILL_COLUMNS]), self._cache)
         return self._logits(tokens_BT[:, last:])
 
     def _logits(self, tokens_BT: Array) -> Array:
         with paddle.no_grad():
-            logits_BV: Array = self._model.step(paddle.to_tensor(tokens_BT), self._cache).astype("float32").numpy()
+            logits_BV: Array = self._model.decode(paddle.to_tensor(tokens_BT), self._cache).astype("float32").numpy()
         return logits_BV

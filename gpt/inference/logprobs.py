@@ -27,7 +27,7 @@ def score(model: GPT, texts: list[list[int]]) -> list[TokenLogprobs]:
     for first in range(0, columns, PREFILL_COLUMNS):
         last = min(first + PREFILL_COLUMNS, columns)
         with paddle.no_grad():
-            x_BTH = model.extend(paddle.to_tensor(rows_BT[:, first:last]), cache)
+            x_BTH = model.forward_cached(paddle.to_tensor(rows_BT[:, first:last]), cache)
             parts.append(_broadcast_scores(model, x_BTH, rows_BT[:, first + 1 : last + 1]))
     rows = [scores_T3[pad:].T.tolist() for pad, scores_T3 in zip(pads_B, np.concatenate(parts, axis=1), strict=True)]
     return [TokenLogprobs(logprobs, [int(t) for t in best], tops) for logprobs, best, tops in rows]

@@ -1,8 +1,8 @@
 """The GPT: pre-LN blocks, tanh-GELU, learned positions, head tied to the embedding.
 
 Shapes are in names: B batch, T positions, H hidden, N heads, D head size (H = N D), F ffn, V vocabulary.
-The maths is GPT-2's (Radford et al., 2019). The columns of the fused qkv belong together by head (q_j k_j v_j),
-so that a split of the columns is a split of the heads.
+The maths is GPT-2's (Radford et al., 2019). The columns of the fused qkv are ordered by head (q_j k_j v_j), so that
+splitting the columns splits the heads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import paddle
 from paddle import Tensor, nn
 from paddle.distributed.fleet.utils import recompute
+from paddle.nn import functional as F
 
 from gpt.config.derived import padded_vocab
 from gpt.config.parameters import Init, parameter
@@ -48,17 +49,17 @@ class Attention(nn.Layer):  # type: ignore[misc]
         qkv_BTNE = qkv_BTE.reshape([B, T, self.heads, 3 * self.size])
         dropout = self.dropout if self.training else 0.0
         if self.recompute_core and self.training:
-            mixed_BTND = recompute(self._mix, qkv_BTNE, dropout)
+            mixed_BTND = recompute(self._core_attention, qkv_BTNE, dropout)
         else:
-            mixed_BTND = self._mix(qkv_BTNE, dropout)
+            mixed_BTND = self._core_attention(qkv_BTNE, dropout)
         return self.out(self.topology.transpose_sequence_first(mixed_BTND.reshape([B, T, self.heads * self.size])))
 
-    def _mix(self, qkv_BTNE: Tensor, dropout: float) -> Tensor:
+    def _core_attention(self, qkv_BTNE: Tensor, dropout: float) -> Tensor:
         with self.topology.model_parallel_rng():
             return layers.causal_attention(qkv_BTNE, dropout)
 
-    def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
-        """The same for new positions after those of the cache, without dropout; it gets their keys and values."""
+    def forward_cached(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Attend from new positions to those of the cache, too, which gets their keys and values; no dropout."""
         B, T, _ = x_BTH.shape
         qkv_BTNE = self.qkv(x_BTH).reshape([B, T, self.heads, 3 * self.size])
         keys, values = cache.keys[layer], cache.values[layer]
@@ -69,11 +70,11 @@ class Attention(nn.Layer):  # type: ignore[misc]
 class Block(nn.Layer):  # type: ignore[misc]
     """x + attention(norm(x)), then x + mlp(norm(x)), each branch with dropout at its end."""
 
-    def __init__(self, config: Config, topology: Topology, number: int) -> None:
+    def __init__(self, config: Config, topology: Topology, layer: int) -> None:
         super().__init__()
         m = config.model
-        self.number = number
-        exempt = number in m.no_recompute_layers
+        self.prefix = f"layers.{layer}"
+        exempt = layer in m.no_recompute_layers
         self.recompute = Recompute.none if exempt else m.recompute
         self.dropout = m.dropout
         self.topology = topology
@@ -84,7 +85,7 @@ class Block(nn.Layer):  # type: ignore[misc]
         self.fc2 = layers.row_linear(topology, m.ffn, m.hidden)
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        """One block on BTH, recomputed in the backward pass as configured."""
+        """Run the block on BTH, with recomputation in the backward pass as configured."""
         if self.recompute is Recompute.full and self.training:
             out: Tensor = recompute(self._block, x_BTH)
             return out
@@ -106,10 +107,51 @@ class Block(nn.Layer):  # type: ignore[misc]
         """Return fc2(gelu(fc1(x)))."""
         return self.fc2(layers.gelu(self.fc1(x_BTH)))
 
-    def step(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
-        """Inference on new positions after those of the cache, in which this block is ``layer``."""
-        x_BTH = x_BTH + self.attention.step(self.norm1(x_BTH), cache, layer)
+    def forward_cached(self, x_BTH: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Run the block, which is ``layer`` of the cache, on new positions after those of the cache."""
+        x_BTH = x_BTH + self.attention.forward_cached(self.norm1(x_BTH), cache, layer)
         return x_BTH + self.mlp(self.norm2(x_BTH))
+
+
+class Position(nn.Embedding):  # type: ignore[misc]
+    """Learned positions."""
+
+    prefix = "position"
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        m = config.model
+        super().__init__(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+        self.topology = topology
+        self.dropout = m.dropout
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        """Add the positions to embedded tokens, with dropout; under sequence parallel return this rank's, TBH."""
+        x_BTH = x_BTH + self.lookup(paddle.arange(x_BTH.shape[1], dtype="int64"))
+        x_BTH = layers.dropout(x_BTH, self.dropout, self.training)
+        return self.topology.scatter_to_sequence_parallel_region(x_BTH)
+
+    def lookup(self, positions: Tensor) -> Tensor:
+        """Return rows of the table."""
+        return F.embedding(positions, self.weight)
+
+
+class FinalNorm(layers.LayerNorm):
+    """The LayerNorm before the head."""
+
+    prefix = "norm"
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        super().__init__(config.model.hidden, config.model.layer_norm_eps)
+        self.topology = topology
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise; under sequence parallel gather the positions of all ranks."""
+        return self.topology.gather_from_sequence_parallel_region(super().forward(x))
+
+
+def word_embedding(config: Config, topology: Topology) -> nn.Layer:
+    """Return the uninitialised word table, which the head is tied to."""
+    return layers.embedding(topology, padded_vocab(config), config.model.hidden)
 
 
 def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]) -> None:
@@ -125,7 +167,7 @@ def initialise(config: Config, topology: Topology, parameters: dict[str, Tensor]
 
 
 class GPT(nn.Layer):  # type: ignore[misc]
-    """The whole model; of a pipeline, this stage's part of it, which can only decode (``gpt.model.pipeline`` trains).
+    """The whole model, or this stage of a pipeline, which can only decode (``gpt.model.pipeline`` trains).
 
     Args:
         config: of the job; reads ``model``, ``parallel`` and ``seed``.
@@ -141,13 +183,13 @@ class GPT(nn.Layer):  # type: ignore[misc]
         self.topology = topology
         first, last = topology.stage == 0, topology.stage == topology.parallel.pp_degree - 1
         if first or last:
-            self.word = layers.embedding(topology, padded_vocab(config), m.hidden)
+            self.word = word_embedding(config, topology)
             on_built("word", self.word)
         if first:
-            self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
+            self.position = Position(config, topology)
             on_built("position", self.position)
         if last:
-            self.norm = layers.LayerNorm(m.hidden, m.layer_norm_eps)
+            self.norm = FinalNorm(config, topology)
             on_built("norm", self.norm)
         self.layers = nn.LayerDict()
         for i in topology.stage_layers(m.layers):
@@ -156,31 +198,31 @@ class GPT(nn.Layer):  # type: ignore[misc]
 
     @property
     def dtype(self) -> str:
-        """Element type of activations."""
+        """Return the element type of activations."""
         return str(next(iter(self.layers.values())).norm1.weight.dtype).removeprefix("paddle.")
 
     def logical_parameters(self) -> dict[str, Tensor]:
-        """Parameters by the names that checkpoints, initial values and decay rules use."""
+        """Return the parameters by the names of ``gpt.config.parameters``."""
         return dict(self.named_parameters())
 
     def initialise(self) -> None:
-        """Give every parameter its first value."""
+        """Give every parameter its initial value."""
         initialise(self.config, self.topology, self.logical_parameters())
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Final hidden states BTH of int64 tokens BT."""
-        x_BTH = self.topology.scatter_to_sequence_parallel_region(self._embed(tokens_BT))
+        """Return the final hidden states BTH of int64 tokens BT."""
+        x = self.position(self.word(tokens_BT))
         for block in self.layers.values():
-            x_BTH = block(x_BTH)
-        return self.topology.gather_from_sequence_parallel_region(self.norm(x_BTH))
+            x = block(x)
+        return self.norm(x)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Logits BTV; those of padding rows are -1e9."""
-        assert self.topology.parallel.mp_degree == 1, "logits want the whole table: build the model for one rank"
+        """Return the logits BTV; those of padding rows are -1e9."""
+        assert self.topology.parallel.mp_degree == 1, "logits need the whole table: build the model for one rank"
         return layers.logits(self.hidden(tokens_BT), self.word.weight, self.config.model.vocab)
 
     def loss(self, tokens_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, count: float) -> Tensor:
-        """Sum of the cross entropies where ``mask_BT`` is 1, divided by ``count``: a scalar, in float32.
+        """Return the sum of the cross entropies where ``mask_BT`` is 1, divided by ``count``: a float32 scalar.
 
         Args:
             tokens_BT: int64 inputs.
@@ -188,53 +230,48 @@ class GPT(nn.Layer):  # type: ignore[misc]
             mask_BT: float32.
             count: counted positions of the whole global batch, so that micro batches add up to its mean.
         """
-        x_MH = self.hidden(tokens_BT).reshape([-1, self.config.model.hidden])
-        labels_M, mask_M = labels_BT.flatten(), mask_BT.flatten() / count
         m = self.config.model
+        x_MH = self.hidden(tokens_BT).reshape([-1, m.hidden])
+        labels_M, mask_M = labels_BT.flatten(), mask_BT.flatten() / count
         return layers.parallel_head_loss(self.topology, x_MH, self.word.weight, labels_M, mask_M, m.vocab, m.loss_chunk)
 
-    def _embed(self, tokens_BT: Tensor) -> Tensor:
-        positions_T = paddle.arange(tokens_BT.shape[1], dtype="int64")
-        x_BTH = self.word(tokens_BT) + self.position(positions_T)
-        return layers.dropout(x_BTH, self.config.model.dropout, self.training)
-
     def new_cache(self, columns: int, pads_B: Array) -> Cache:
-        """Room for ``columns`` positions of as many rows as ``pads_B`` has; see ``Cache``."""
+        """Allocate a cache of ``columns`` positions for as many rows as ``pads_B`` has; see ``Cache``."""
         m, mp = self.config.model, self.topology.parallel.mp_degree
-        self._few = None
+        self._fused = None
         if mp == self.topology.parallel.pp_degree == 1 and cpu_decode.fits(0, self.word.weight):
-            self._few = cpu_decode.FusedCpuDecoder(self.word.weight, self.position.weight, list(self.layers.values()))
+            self._fused = cpu_decode.FusedCpuDecoder(self.word.weight, self.position.weight, list(self.layers.values()))
         shape = [len(pads_B), m.heads // mp, columns, m.hidden // m.heads]
         return Cache(len(self.layers), shape, self.dtype, pads_B)
 
-    def extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        """Hidden states BTH of some new tokens, which the cache then has too; of a pipeline, on the last stage.
+    def forward_cached(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Return the hidden states BTH of new tokens, on the last stage of a pipeline; append them to the cache.
 
         Args:
             tokens_BT: int64, the next columns of all rows.
             cache: of ``new_cache``, with room for T more columns.
         """
         B, T = tokens_BT.shape
-        if self._few and cpu_decode.fits(B * T, self.word.weight):
-            x_BTH = self._few.run(tokens_BT.numpy(), cache)
+        if self._fused and cpu_decode.fits(B * T, self.word.weight):
+            x_BTH = self._fused.run(tokens_BT.numpy(), cache)
         else:
-            x_BTH = self._extend(tokens_BT, cache)
+            x_BTH = self._forward_cached(tokens_BT, cache)
         cache.length += T
         return x_BTH
 
-    def _extend(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+    def _forward_cached(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
         if self.topology.stage > 0:
             x_BTH = paddle.empty([*tokens_BT.shape, self.config.model.hidden], self.dtype)
         else:
-            x_BTH = self.word(tokens_BT) + self.position(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
+            x_BTH = self.word(tokens_BT) + self.position.lookup(paddle.to_tensor(cache.positions(tokens_BT.shape[1])))
         return pipeline_comm.pipeline_forward(self.topology, x_BTH, lambda x: self._run_blocks(x, cache))
 
-    def step(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
-        """Logits BV after the last of some new tokens, V the real vocabulary: incremental decoding. See ``extend``.
+    def decode(self, tokens_BT: Tensor, cache: Cache) -> Tensor:
+        """Return the logits BV after the last of some new tokens, V the real vocabulary, on every rank.
 
-        Over a pipeline or mp ranks every rank gets the same logits.
+        See ``forward_cached``.
         """
-        x_BTH = self.extend(tokens_BT, cache)
+        x_BTH = self.forward_cached(tokens_BT, cache)
         shape = [tokens_BT.shape[0], self.config.model.vocab]
         return pipeline_comm.broadcast_from_last_stage(
             self.topology, shape, self.dtype, lambda: self._head(x_BTH[:, -1])
@@ -242,7 +279,7 @@ class GPT(nn.Layer):  # type: ignore[misc]
 
     def _run_blocks(self, x_BTH: Tensor, cache: Cache) -> Tensor:
         for i, block in enumerate(self.layers.values()):
-            x_BTH = block.step(x_BTH, cache, i)
+            x_BTH = block.forward_cached(x_BTH, cache, i)
         return x_BTH
 
     def _head(self, x_BH: Tensor) -> Tensor:

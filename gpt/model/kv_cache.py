@@ -1,4 +1,4 @@
-"""Keys and values of the positions so far, for decoding, in memory that is taken once.
+"""KV cache: keys and values of the positions so far, in memory that is allocated once.
 
 B rows, N heads of this rank, S columns, D head size. All rows are as long as the longest: a shorter prompt has padding
 at its left, so that new tokens of all rows go into the same column.
@@ -13,7 +13,7 @@ from gpt.utils.arrays import Array
 
 
 class Cache:
-    """What the blocks of one rank have seen.
+    """Keys and values of the blocks of one rank.
 
     Args:
         layers: blocks of this rank.
@@ -30,12 +30,12 @@ class Cache:
         self.length = 0  # columns in use
 
     def positions(self, count: int) -> Array:
-        """Positions [B, count] of the next columns, counted in each row from its first token; padding is at 0."""
+        """Return the positions [B, count] of the next columns, counted from each row's first token; padding is at 0."""
         columns_T = np.arange(self.length, self.length + count, dtype=np.int64)
         return np.maximum(columns_T[None] - self.pads_B[:, None], 0)
 
-    def take(self, rows: Array) -> None:
-        """Make row i what row ``rows[i]`` is; there may be more or fewer rows than before."""
+    def reorder(self, rows: Array) -> None:
+        """Move row ``rows[i]`` to row i; there may be more or fewer rows than before."""
         if len(rows) == len(self.pads_B) and (rows == np.arange(len(rows))).all():
             return
         index = paddle.to_tensor(rows.astype(np.int64))

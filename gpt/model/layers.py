@@ -20,12 +20,12 @@ from gpt.utils.arrays import Array
 
 
 def _on_cpu(x: Tensor) -> bool:
-    """Whether the kernels of this project are to compute: not what the semi-auto engine places, nor in a program."""
+    """Return whether to use the kernels of this project: not on distributed tensors, nor in static programs."""
     return bool(x.place.is_cpu_place() and not x.is_dist()) if paddle.in_dynamic_mode() else False
 
 
 def _apply(kernel: Any, *arguments: Any) -> Tensor:
-    """A kernel, and what its gradient needs only where there will be one."""
+    """Run a kernel; it keeps what its gradient needs only if there will be one."""
     out: Tensor = (
         kernel.apply(*arguments)
         if paddle.is_grad_enabled()
@@ -35,14 +35,14 @@ def _apply(kernel: Any, *arguments: Any) -> Tensor:
 
 
 def sum_of_squares(tensors: list[Tensor]) -> float:
-    """Over all elements of all tensors, as one number for the host."""
+    """Return the sum of squares over all elements of all tensors as one number on the host."""
     if all(_on_cpu(tensor) and tensor.dtype == paddle.float32 for tensor in tensors):
         return sum(cpu_kernels.sum_of_squares(tensor) for tensor in tensors)
     return float(paddle.stack([tensor.astype("float32").square().sum() for tensor in tensors]).sum().item())
 
 
 def causal_attention(qkv_BTNE: Tensor, dropout: float) -> Tensor:
-    """softmax(q k' / sqrt(D)) v over the positions up to one's own, with dropout on the probabilities: BTND."""
+    """Return softmax(q k' / sqrt(D)) v over the positions up to one's own, with dropout on the probabilities: BTND."""
     if _on_cpu(qkv_BTNE):
         return _apply(cpu_attention.CausalAttention, qkv_BTNE, dropout)
     q, k, v = paddle.split(qkv_BTNE, 3, axis=-1)
@@ -50,14 +50,14 @@ def causal_attention(qkv_BTNE: Tensor, dropout: float) -> Tensor:
 
 
 def attention_after(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, start: int, pads_B: Array) -> Tensor:
-    """Attention of T new positions to all up to their own, for decoding: BTND.
+    """Return the attention BTND of T new positions to all up to their own, for decoding.
 
     Args:
         qkv_BTNE: of the new positions, which are columns ``start`` and following.
         keys_BNSD: of the columns before; the new ones are written into it.
         values_BNSD: likewise.
         start: columns before.
-        pads_B: columns at the left of each row that nobody looks at.
+        pads_B: left padding of each row, which is masked.
     """
     if _on_cpu(qkv_BTNE) and qkv_BTNE.dtype == paddle.float32:
         return cpu_decode.attention(qkv_BTNE, keys_BNSD, values_BNSD, start, pads_B)
@@ -75,7 +75,7 @@ def attention_after(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, st
 
 
 def head_loss(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor, vocab: int, chunk: int) -> Tensor:
-    """Sum of ``weight_M`` times the cross entropies of the tied head, in float32.
+    """Return the sum of ``weight_M`` times the cross entropies of the tied head, in float32.
 
     Args:
         x_MH: final hidden states.
@@ -102,7 +102,7 @@ def head_loss(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, weight_M: Tensor
 
 
 def logits(x: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
-    """The tied head on [..., H]: [..., V], with -1e9 (float16: -6e4) in the columns of padding rows."""
+    """Apply the tied head to [..., H]; return [..., V], with -1e9 (float16: -6e4) in the columns of padding rows."""
     if x.ndim == 2 and _on_cpu(x) and not paddle.is_grad_enabled():
         out = cpu_kernels.product(x, table_VH, transposed=True)
     else:
@@ -115,12 +115,12 @@ def logits(x: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU, tanh approximation."""
+    """Apply GELU in its tanh approximation."""
     return _apply(cpu_kernels.Gelu, x) if _on_cpu(x) else F.gelu(x, approximate=True)
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Dropout with scaling by 1 / (1 - p) in training; the identity otherwise."""
+    """Apply dropout with scaling by 1 / (1 - p) in training; the identity otherwise."""
     if not training or p == 0:
         return x
     return _apply(cpu_kernels.Dropout, x, p) if _on_cpu(x) else F.dropout(x, p)
@@ -134,7 +134,7 @@ class Linear(nn.Linear):  # type: ignore[misc]
         super().__init__(size_in, size_out, weight_attr=zeros, bias_attr=zeros)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         return _apply(cpu_kernels.Linear, x, self.weight, self.bias) if _on_cpu(x) else super().forward(x)
 
 
@@ -146,14 +146,15 @@ class LayerNorm(nn.LayerNorm):  # type: ignore[misc]
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to [..., H]."""
+        """Normalise [..., H]."""
         if _on_cpu(x):
             return _apply(cpu_kernels.LayerNorm, x, self.weight, self.bias, self.epsilon)
-        return super().forward(x)
+        # Paddle's tracer follows super() one class up only, and ``FinalNorm`` is a class below.
+        return F.layer_norm(x, self._normalized_shape, self.weight, self.bias, self.epsilon)
 
 
 def head(topology: Topology, x_BH: Tensor, table_VH: Tensor, vocab: int) -> Tensor:
-    """Logits BV of the tied head over the real vocabulary; the same on all mp ranks."""
+    """Return the logits BV of the tied head over the real vocabulary, the same on all mp ranks."""
     logits_BV = logits(x_BH, table_VH, table_VH.shape[0])
     if topology.parallel.mp_degree > 1:
         parts: list[Tensor] = []

@@ -1,8 +1,8 @@
-"""The GPT as stages of a pipeline: the same parameters under the same names, shared out by layer.
+"""The GPT as stages of a pipeline: the same parameters under the same names, split by layer.
 
 B batch, T positions, H hidden. Fleet's schedule (1F1B, or interleaved) or the semi-auto engine's
 runs it. The word table is on the first stage, which looks up in it, and on the last, whose head
-is tied to it; their gradients are added up by the schedule.
+is tied to it; their gradients are summed by the schedule.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import paddle
 from paddle import Tensor, nn
 from paddle.distributed.fleet.meta_parallel import LayerDesc, PipelineLayer, SharedLayerDesc
 
-from gpt.config.derived import padded_vocab
+from gpt.config.parameters import WORD
 from gpt.config.schema import Config
 from gpt.model import layers
-from gpt.model.gpt import Block, initialise
+from gpt.model.gpt import Block, FinalNorm, Position, initialise, word_embedding
 from gpt.model.token_scores import label_scores
 from gpt.parallel.semi_auto import to_local
 from gpt.parallel.topology import Topology
@@ -27,55 +27,24 @@ Micro = tuple[Tensor, tuple[Tensor, Tensor]]  # tokens BT; labels BT and the wei
 
 
 class Word(nn.Layer):  # type: ignore[misc]
-    """Look-up in the word table."""
+    """The word table in the form that Fleet ties between stages: a class with the attribute ``weight``."""
 
     def __init__(self, config: Config, topology: Topology) -> None:
         super().__init__()
-        self.word = layers.embedding(topology, padded_vocab(config), config.model.hidden)
+        self.table = word_embedding(config, topology)
 
     @property
     def weight(self) -> Tensor:
-        """What is shared between the first and the last stage."""
-        return self.word.weight
+        """The tied weight."""
+        return self.table.weight
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Returns BTH."""
-        return self.word(tokens_BT)
-
-
-class Position(nn.Layer):  # type: ignore[misc]
-    """Adds the positions, with dropout."""
-
-    def __init__(self, config: Config, topology: Topology) -> None:
-        super().__init__()
-        m = config.model
-        self.topology = topology
-        self.dropout = m.dropout
-        self.position = nn.Embedding(m.positions, m.hidden, weight_attr=nn.initializer.Constant(0.0))
-
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """Returns what the blocks want."""
-        positions_T = paddle.arange(x_BTH.shape[1], dtype="int64")
-        return self.topology.scatter_to_sequence_parallel_region(
-            layers.dropout(x_BTH + self.position(positions_T), self.dropout, self.training)
-        )
-
-
-class FinalNorm(nn.Layer):  # type: ignore[misc]
-    """The LayerNorm before the head."""
-
-    def __init__(self, config: Config, topology: Topology) -> None:
-        super().__init__()
-        self.topology = topology
-        self.norm = layers.LayerNorm(config.model.hidden, config.model.layer_norm_eps)
-
-    def forward(self, x_BTH: Tensor) -> Tensor:
-        """Returns BTH."""
-        return self.topology.gather_from_sequence_parallel_region(self.norm(x_BTH))
+        """Return BTH."""
+        return self.table(tokens_BT)
 
 
 def _head(word: Word, x_BTH: Tensor) -> Tensor:
-    """The head is one with the loss (``Pipeline.loss``); this only puts the word table on the last stage."""
+    """Put the word table on the last stage; the head itself is one with the loss (``Pipeline.loss``)."""
     return x_BTH
 
 
@@ -114,21 +83,21 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         self.schedule: list[Any] = [make_schedule(self)]
 
     def logical_parameters(self) -> dict[str, Tensor]:
-        """Parameters of this rank by the names of the single model."""
-        found: dict[str, Tensor] = {}
+        """Return the parameters of this rank by the names of ``gpt.config.parameters``."""
+        parameters: dict[str, Tensor] = {}
         for layer in self.sublayers():
-            if isinstance(layer, Block):
-                found |= {f"layers.{layer.number}.{name}": p for name, p in layer.named_parameters()}
-            elif isinstance(layer, Word | Position | FinalNorm):
-                found |= dict(layer.named_parameters())
-        return found
+            if isinstance(layer, Word):
+                parameters[WORD] = layer.weight
+            elif isinstance(layer, Block | Position | FinalNorm):
+                parameters |= {f"{layer.prefix}.{name}": p for name, p in layer.named_parameters()}
+        return parameters
 
     def initialise(self) -> None:
-        """Give every parameter its first value."""
+        """Give every parameter its initial value."""
         initialise(self.config, self.topology, self.logical_parameters())
 
     def forward(self, x: Tensor, chunk_id: int | None = None) -> Tensor:
-        """One micro batch through one (virtual) stage; Fleet's schedule calls it."""
+        """Run one micro batch through one (virtual) stage; Fleet's schedule calls it."""
         if self.training:
             chunk = chunk_id or 0
             virtual = ("chunk", chunk) if chunk else ()
@@ -138,7 +107,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return super().forward(x, chunk_id)
 
     def loss(self, x_BTH: Tensor, wanted: tuple[Tensor, Tensor]) -> Tensor:
-        """Weighted sum of the cross entropies, on the last stage; Fleet's schedule calls it."""
+        """Return the weighted sum of the cross entropies, on the last stage; Fleet's schedule calls it."""
         labels_BT, weight_BT = wanted
         m = self.config.model
         table_VH = self.shared_layers["word"].weight
@@ -153,11 +122,11 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return loss
 
     def begin(self) -> None:
-        """The next micro batch is the first of the step."""
+        """Begin a step: reset its loss and its count of micro batches."""
         self._begun, self.loss_sum = Counter(), 0.0
 
     def forward_backward(self, micros: Iterable[Micro], step: tuple[Any, ...], scaler: Any) -> float:
-        """All micro batches of a step, with gradients; returns the loss, which only the last stage knows.
+        """Compute the gradients of all micro batches of a step; return the loss on the last stage, elsewhere 0.
 
         Args:
             micros: ``accumulate_steps`` of them.
@@ -173,7 +142,7 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         return self.loss_sum
 
     def evaluate(self, micros: Iterable[Micro]) -> float:
-        """The loss of ``accumulate_steps`` micro batches, which only the last stage knows."""
+        """Return the loss of ``accumulate_steps`` micro batches on the last stage, elsewhere 0."""
         self.loss_sum = 0.0
         self.schedule[0].eval_batch(iter(micros), compute_loss=True)
         return self.loss_sum
@@ -187,6 +156,6 @@ class Pipeline(PipelineLayer):  # type: ignore[misc]
         (schedule,) = self.schedule
         unused = paddle.zeros([1], dtype="float32")
         schedule.eval_batch(iter([(inputs, (labels, unused)) for inputs, labels in micros]), compute_loss=True)
-        schedule._p2p_helper.clear_meta_cache()  # the shapes that the stages told each other
-        found, self._scored = self._scored, None
-        return found
+        schedule._p2p_helper.clear_meta_cache()  # shapes that the stages have exchanged
+        scores, self._scored = self._scored, None
+        return scores

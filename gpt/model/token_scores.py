@@ -1,4 +1,4 @@
-"""What the tied head makes of each token, whoever has the rows of the table; for evaluation, so without gradients.
+"""Per-token log-probabilities from the (vocabulary-parallel) output head, for evaluation, so without gradients.
 
 M rows, H hidden, V vocabulary rows of this rank.
 """
@@ -25,13 +25,13 @@ Scores = tuple[Tensor, Tensor, Tensor]
 def label_scores(
     topology: Topology, x_BTH: Tensor, table_VH: Tensor, labels_BT: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy (float32) of each label BT, and whether it is the most probable token; see ``head_scores``."""
+    """Return the cross entropy of each label BT, and whether it is the most probable token; see ``head_scores``."""
     nll_M, best_M, _ = head_scores(topology, x_BTH.flatten(0, 1), table_VH, labels_BT.flatten(), vocab)
     return nll_M.reshape(labels_BT.shape), best_M.reshape(labels_BT.shape) == labels_BT
 
 
 def head_scores(topology: Topology, x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, vocab: int) -> Scores:
-    """Cross entropy (float32) of each label, the most probable token (int64, the first of equals), and that one's.
+    """Return each label's cross entropy, the most probable token (the first of equals), and that one's cross entropy.
 
     Args:
         topology: of this rank; over an mp group of several, each has its share of the table.
@@ -45,7 +45,7 @@ def head_scores(topology: Topology, x_MH: Tensor, table_VH: Tensor, labels_M: Te
     cuts = [slice(i, i + chunk) for i in range(0, x_MH.shape[0], chunk)]
     with paddle.no_grad():
         parts = [_part(x_MH[s], table_VH, labels_M[s], vocab, topology.mp_rank, group) for s in cuts]
-    nll_M, best_M, best_nll_M = (paddle.concat(list(some)) for some in zip(*parts, strict=True))
+    nll_M, best_M, best_nll_M = (paddle.concat(list(scores)) for scores in zip(*parts, strict=True))
     return nll_M, best_M, best_nll_M
 
 
@@ -60,7 +60,7 @@ def _part(x_MH: Tensor, table_VH: Tensor, labels_M: Tensor, vocab: int, mp_rank:
 
 
 def _of_logits(logits_MV: Tensor, labels_M: Tensor, first: int, real: int, group: Any) -> Scores:
-    """The same from the logits of this rank's ``real`` tokens from number ``first`` on."""
+    """Score labels by the logits of this rank's ``real`` tokens from number ``first`` on."""
     at_M = logits_MV.argmax(-1)
     own_top_M = _at(logits_MV, at_M)
     top_M = _over(group, own_top_M, ReduceOp.MAX)
@@ -83,7 +83,7 @@ def _at(logits_MV: Tensor, at_M: Tensor) -> Tensor:
 
 
 def _over(group: Any, value: Tensor, how: Any) -> Tensor:
-    """Combined over the mp ranks; ``value`` stays as it is."""
+    """Reduce a copy of ``value`` over the mp ranks."""
     if group is not None:
         value = value.clone()
         dist.all_reduce(value, how, group=group)

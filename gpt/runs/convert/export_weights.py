@@ -1,4 +1,4 @@
-"""``task=export``: what is wrong with it before anything starts, and the folder that Hugging Face's tools read."""
+"""``task=export``: its check, and the export for Hugging Face's tools."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from gpt.utils.files import atomic_directory
 
 
 def check(config: Config) -> list[str]:
-    """What is wrong with the command; nothing is written."""
+    """Return the problems of the command; nothing is written."""
     output = Path(str(config.export.output))
     return [f"export.output={output}: there is something already; it is never overwritten"] if output.exists() else []
 
 
-def end_of_text(found: Checkpoint) -> int | None:
-    """Of a checkpoint: its tokenizer's, or what its data says."""
-    eot: int | None = found.encoder().eot if found.tokenizer else found.state["data"]["eot_id"]
+def end_of_text(source: Checkpoint) -> int | None:
+    """Return the end-of-text token of a checkpoint's tokenizer, or of its data."""
+    eot: int | None = source.encoder().eot if source.tokenizer else source.state["data"]["eot_id"]
     return eot
 
 
-def to_huggingface(found: Checkpoint, model: Model, output: Path) -> list[str]:
-    """Write ``config.json``, ``model.safetensors`` in float32 and the tokenizer's files; returns their names.
+def to_huggingface(source: Checkpoint, model: Model, output: Path) -> list[str]:
+    """Write ``config.json``, ``model.safetensors`` in float32 and the tokenizer's files; return their names.
 
     Raises:
         OSError: the disk is full or gone; nothing is left.
     """
-    stored, pieces = found.model(), {}
+    stored, pieces = source.model(), {}
     for ours, theirs in huggingface.names(model.layers):
         array = stored[ours]
         if ours == WORD:
@@ -46,16 +46,15 @@ def to_huggingface(found: Checkpoint, model: Model, output: Path) -> list[str]:
             array = huggingface.deinterleave_qkv(array, model.heads)
         array = np.ascontiguousarray(array)
         pieces[f"transformer.{theirs}"] = TensorShard(list(array.shape), ShardRange(0, 0, array.shape[0]), array)
-    eot = end_of_text(found)
     with atomic_directory(output) as folder:
         shard_files.write(folder / "model.safetensors", pieces, {"format": "pt"})
-        _write(folder / "config.json", _said(model, eot))
-        if found.tokenizer:
-            _tokenizer(found.tokenizer, folder, model.positions)
+        _write(folder / "config.json", _gpt2_config(model, end_of_text(source)))
+        if source.tokenizer:
+            _write_tokenizer(source.tokenizer, folder, model.positions)
         return sorted(path.name for path in folder.iterdir())
 
 
-def _said(model: Model, eot: int | None) -> dict[str, Any]:
+def _gpt2_config(model: Model, eot: int | None) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -79,8 +78,8 @@ def _said(model: Model, eot: int | None) -> dict[str, Any]:
     }
 
 
-def _tokenizer(file: Path, folder: Path, positions: int) -> None:
-    """``tokenizer.json``, and the two files of a byte-level BPE; a SentencePiece model as it is."""
+def _write_tokenizer(file: Path, folder: Path, positions: int) -> None:
+    """Write ``tokenizer.json``, and the two files of a byte-level BPE; copy a SentencePiece model."""
     shutil.copyfile(file, folder / file.name)
     if file.suffix != ".json":
         return
@@ -93,10 +92,10 @@ def _tokenizer(file: Path, folder: Path, positions: int) -> None:
         (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
         _write(folder / "vocab.json", vocabulary)
     kind = "GPT2Tokenizer" if byte_level else "PreTrainedTokenizerFast"
-    said: dict[str, Any] = {"tokenizer_class": kind, "model_max_length": positions}
+    settings: dict[str, Any] = {"tokenizer_class": kind, "model_max_length": positions}
     if end:
-        said |= {"eos_token": end, "bos_token": end, "unk_token": end}
-    _write(folder / "tokenizer_config.json", said)
+        settings |= {"eos_token": end, "bos_token": end, "unk_token": end}
+    _write(folder / "tokenizer_config.json", settings)
 
 
 def _write(path: Path, value: Any) -> None:

@@ -28,32 +28,32 @@ RANK = re.compile(r"mp_(\d+)_sharding_(\d+)_pp_(\d+)")
 TABLE = re.compile(r"(?:gpt\.embeddings|shared_layers\.embed)\.(word|position)_embeddings\.weight")
 INSIDE = re.compile(
     r"(?:gpt\.decoder\.layers\.(?P<layer>\d+)|(?P<place>\d+))\."
-    r"(?P<what>self_attn\.(?:qkv|q|k|v|out)_proj|linear[12]|norm[12])\.(?P<part>weight|bias)"
+    r"(?P<kind>self_attn\.(?:qkv|q|k|v|out)_proj|linear[12]|norm[12])\.(?P<part>weight|bias)"
 )
 LAST = re.compile(r"(?:gpt\.decoder|\d+)\.(?:norm\.)?(weight|bias)")
 THREE = ("attention.q", "attention.k", "attention.v")
 
 
-def renamed(name: str) -> str | None:
-    """Our name of a parameter, or None.
+def our_name(name: str) -> str | None:
+    """Return our name of a parameter, or None.
 
     Example:
-        >>> renamed("gpt.decoder.layers.3.self_attn.qkv_proj.weight"), renamed("4.linear2.bias")
+        >>> our_name("gpt.decoder.layers.3.self_attn.qkv_proj.weight"), our_name("4.linear2.bias")
         ('layers.3.attention.qkv.weight', 'layers.3.fc2.bias')
     """
-    if found := TABLE.fullmatch(name):
-        return f"{found[1]}.weight"
-    if found := INSIDE.fullmatch(name):
-        layer = int(found["layer"]) if found["layer"] else int(found["place"]) - 1
-        what = found["what"].replace("self_attn", "attention").replace("_proj", "").replace("linear", "fc")
-        return f"layers.{layer}.{what}.{found['part']}"
-    if found := LAST.fullmatch(name):
-        return f"norm.{found[1]}"
+    if match := TABLE.fullmatch(name):
+        return f"{match[1]}.weight"
+    if match := INSIDE.fullmatch(name):
+        layer = int(match["layer"]) if match["layer"] else int(match["place"]) - 1
+        kind = match["kind"].replace("self_attn", "attention").replace("_proj", "").replace("linear", "fc")
+        return f"layers.{layer}.{kind}.{match['part']}"
+    if match := LAST.fullmatch(name):
+        return f"norm.{match[1]}"
     return None
 
 
-def files(source: Path) -> list[list[Path]] | None:
-    """The files that ``source`` names or holds: of every pipeline stage, those of its mp ranks in order.
+def find_files(source: Path) -> list[list[Path]] | None:
+    """Return the files that ``source`` names or holds: for every pipeline stage those of its mp ranks in order.
 
     Raises:
         UserError: a rank's folder is missing.
@@ -64,9 +64,9 @@ def files(source: Path) -> list[list[Path]] | None:
         source = source.parent
     ranks = {}
     for folder in source.iterdir() if source.is_dir() else ():
-        found = RANK.fullmatch(folder.name)
-        if found and (folder / FILE).is_file() and int(found[2]) == 0:
-            ranks[int(found[3]), int(found[1])] = folder / FILE
+        match = RANK.fullmatch(folder.name)
+        if match and (folder / FILE).is_file() and int(match[2]) == 0:
+            ranks[int(match[3]), int(match[1])] = folder / FILE
     if not ranks:
         return [[source / FILE]] if (source / FILE).is_file() else None
     stages, degree = (1 + max(place[axis] for place in ranks) for axis in (0, 1))
@@ -77,23 +77,23 @@ def files(source: Path) -> list[list[Path]] | None:
     return [[ranks[pp, mp] for mp in range(degree)] for pp in range(stages)]
 
 
-def tensors(grid: list[list[Path]]) -> Tensors:
-    """Whole tensors by our names; separate projections of queries, keys and values stay separate.
+def open_tensors(grid: list[list[Path]]) -> Tensors:
+    """Return whole tensors by our names; separate projections of queries, keys and values stay separate.
 
     Raises:
         UserError: a file is damaged or refused, or mp ranks have not the same parameters.
     """
-    found: Tensors = {}
+    tensors: Tensors = {}
     for stage in grid:
         parts = [tensor_files.open_file(path) for path in stage]
-        strange = sorted({name for part in parts for name in part if renamed(name) is None})
-        if strange:
-            raise UserError(f"{stage[0]}: unknown parameters: {', '.join(strange[:5])}")
+        unknown = sorted({name for part in parts for name in part if our_name(name) is None})
+        if unknown:
+            raise UserError(f"{stage[0]}: unknown parameters: {', '.join(unknown[:5])}")
         if any(set(part) != set(parts[0]) for part in parts):
             raise UserError(f"{stage[0].parent}: its parameters are not those of the other mp ranks")
         for name in parts[0]:
-            found.setdefault(str(renamed(name)), _joined(str(renamed(name)), [part[name] for part in parts]))
-    return found
+            tensors.setdefault(str(our_name(name)), _joined(str(our_name(name)), [part[name] for part in parts]))
+    return tensors
 
 
 def _joined(name: str, parts: list[Tensor]) -> Tensor:
@@ -105,41 +105,41 @@ def _joined(name: str, parts: list[Tensor]) -> Tensor:
     return Tensor(shape, lambda: np.concatenate([part.read() for part in parts], axis))
 
 
-def infer_shape(there: Tensors) -> dict[str, int]:
-    """What the weights say of the model's shape; the number of heads cannot be seen."""
-    word, position, fc1 = (there[name].shape for name in ("word.weight", "position.weight", "layers.0.fc1.weight"))
-    layers = 1 + max(int(name.split(".")[1]) for name in there if name.startswith("layers."))
+def infer_shape(tensors: Tensors) -> dict[str, int]:
+    """Return what the shapes of the tensors tell about the model; they do not tell the number of heads."""
+    word, position, fc1 = (tensors[name].shape for name in ("word.weight", "position.weight", "layers.0.fc1.weight"))
+    layers = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
     return {"hidden": word[1], "layers": layers, "ffn": fc1[1], "positions": position[0]}
 
 
-def problems(there: Tensors, model: Model) -> Iterator[str]:
-    """Why the weights are not those of ``model``."""
+def problems(tensors: Tensors, model: Model) -> Iterator[str]:
+    """Yield the reasons why the weights are not those of ``model``."""
     try:
-        shape = infer_shape(there)
+        shape = infer_shape(tensors)
     except (KeyError, ValueError, IndexError):
         yield "there is no GPT in it: the embeddings or the first block are missing"
         return
     differing = {key: value for key, value in shape.items() if getattr(model, key) != value}
     if differing:
-        said = ", ".join(f"model.{key}={value} (not {getattr(model, key)})" for key, value in differing.items())
+        shapes = ", ".join(f"model.{key}={value} (not {getattr(model, key)})" for key, value in differing.items())
         yield (
-            f"the weights have {said}: give the model that they are of, such as model=345m, or these keys and "
+            f"the weights have {shapes}: give the model that they are of, such as model=345m, or these keys and "
             "model.heads, which cannot be seen in weights"
         )
-    rows = there["word.weight"].shape[0]
+    rows = tensors["word.weight"].shape[0]
     if rows < model.vocab:
         yield f"the word table has {rows:,} rows, fewer than model.vocab={model.vocab:,}: set model.vocab={rows}"
 
 
-def read(there: Tensors, model: Model) -> Tensors:
-    """The tensors with fused qkv, and ``model.vocab`` rows in the word table: those beyond only pad."""
-    found = {name: tensor for name, tensor in there.items() if not re.search(r"attention\.[qkv]\.", name)}
-    word = there["word.weight"]
-    found["word.weight"] = Tensor([model.vocab, word.shape[1]], lambda: word.read()[: model.vocab])
-    for name in [name for name in there if "attention.q." in name]:
-        fused = _fused([there[name.replace("attention.q", kind)] for kind in THREE], model.heads)
-        found[name.replace("attention.q", "attention.qkv")] = fused
-    return found
+def read(tensors: Tensors, model: Model) -> Tensors:
+    """Return the tensors with fused qkv, and without the rows that pad the word table."""
+    fused = {name: tensor for name, tensor in tensors.items() if not re.search(r"attention\.[qkv]\.", name)}
+    word = tensors["word.weight"]
+    fused["word.weight"] = Tensor([model.vocab, word.shape[1]], lambda: word.read()[: model.vocab])
+    for name in [name for name in tensors if "attention.q." in name]:
+        three = [tensors[name.replace("attention.q", kind)] for kind in THREE]
+        fused[name.replace("attention.q", "attention.qkv")] = _fused(three, model.heads)
+    return fused
 
 
 def _fused(three: list[Tensor], heads: int) -> Tensor:

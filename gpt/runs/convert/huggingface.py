@@ -29,7 +29,7 @@ BLOCK = {
 
 
 def names(layers: int) -> Iterator[tuple[str, str]]:
-    """Our name and theirs, of every parameter."""
+    """Yield our name and theirs of every parameter."""
     yield "word.weight", "wte.weight"
     yield "position.weight", "wpe.weight"
     for i in range(layers):
@@ -41,7 +41,7 @@ def names(layers: int) -> Iterator[tuple[str, str]]:
 
 
 def interleave_qkv(qkv: Array, heads: int) -> Array:
-    """The last axis q|k|v, each with all heads, as q_j k_j v_j head by head.
+    """Reorder the last axis from q|k|v, each with all heads, to q_j k_j v_j head by head.
 
     Example:
         >>> interleave_qkv(np.array([1, 2, 3, 4, 5, 6]), heads=2).tolist()
@@ -52,26 +52,26 @@ def interleave_qkv(qkv: Array, heads: int) -> Array:
 
 
 def deinterleave_qkv(qkv: Array, heads: int) -> Array:
-    """The inverse of ``interleave_qkv``."""
+    """Invert ``interleave_qkv``."""
     split = qkv.reshape(*qkv.shape[:-1], heads, 3, -1)
     return np.ascontiguousarray(np.swapaxes(split, -3, -2)).reshape(qkv.shape)
 
 
-def files(source: Path) -> Path | None:
-    """The file of weights that ``source`` names or holds."""
+def find_file(source: Path) -> Path | None:
+    """Return the file of weights that ``source`` names or holds."""
     if source.is_file():
         return source
     return next((source / name for name in (*FILES, *TORCH_FILES) if (source / name).is_file()), None)
 
 
-def tensors(file: Path) -> Tensors:
-    """Those of the model, without the prefix and without buffers.
+def open_tensors(file: Path) -> Tensors:
+    """Return the tensors of the model by their bare names, without buffers.
 
     Raises:
         UserError: a file is damaged or refused, or the head is not tied to the word table.
     """
-    found = tensor_files.open_shards(file) if file.name.endswith(".index.json") else tensor_files.open_file(file)
-    bare = {name.removeprefix("transformer."): tensor for name, tensor in found.items()}
+    tensors = tensor_files.open_shards(file) if file.name.endswith(".index.json") else tensor_files.open_file(file)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     head = bare.pop("lm_head.weight", None)
     word = bare.get("wte.weight")
     if head and word and (head.shape != word.shape or not np.array_equal(head.read(), word.read())):
@@ -80,12 +80,12 @@ def tensors(file: Path) -> Tensors:
     return {name: tensor for name, tensor in bare.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
 
 
-def model(source: Path, like: Model) -> Model:
-    """The shape that ``config.json`` beside the weights says.
+def read_config(source: Path, like: Model) -> Model:
+    """Read the model's shape from the ``config.json`` beside the weights.
 
     Args:
         source: the folder, or a file in it.
-        like: what the file says nothing of is as here.
+        like: gives the settings that the file does not have.
 
     Raises:
         UserError: listing what this GPT does not do.
@@ -94,23 +94,23 @@ def model(source: Path, like: Model) -> Model:
     if not path.is_file():
         raise UserError(f"{path}: not there; it says the shape (n_head cannot be seen in the weights)")
     try:
-        said: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if problems := list(_problems(said)):
+        stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if problems := list(_problems(stored)):
             raise UserError("; ".join(f"{path}: {problem}" for problem in problems))
-        hidden = int(said["n_embd"])
+        hidden = int(stored["n_embd"])
         return Model(
             name=source.name if source.is_dir() else source.parent.name,
-            vocab=int(said["vocab_size"]),
+            vocab=int(stored["vocab_size"]),
             hidden=hidden,
-            layers=int(said["n_layer"]),
-            heads=int(said["n_head"]),
-            ffn=int(said.get("n_inner") or 4 * hidden),
-            positions=int(said.get("n_positions") or said["n_ctx"]),
-            dropout=float(said.get("resid_pdrop", 0.1)),
-            attention_dropout=float(said.get("attn_pdrop", 0.1)),
-            init_std=float(said.get("initializer_range", 0.02)),
+            layers=int(stored["n_layer"]),
+            heads=int(stored["n_head"]),
+            ffn=int(stored.get("n_inner") or 4 * hidden),
+            positions=int(stored.get("n_positions") or stored["n_ctx"]),
+            dropout=float(stored.get("resid_pdrop", 0.1)),
+            attention_dropout=float(stored.get("attn_pdrop", 0.1)),
+            init_std=float(stored.get("initializer_range", 0.02)),
             scale_output_init=True,
-            layer_norm_eps=float(said.get("layer_norm_epsilon", 1e-5)),
+            layer_norm_eps=float(stored.get("layer_norm_epsilon", 1e-5)),
             recompute=like.recompute,
             no_recompute_layers=[],
             loss_chunk=like.loss_chunk,
@@ -119,41 +119,40 @@ def model(source: Path, like: Model) -> Model:
         raise UserError(f"{path}: not the config.json of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
-def _problems(said: dict[str, Any]) -> Iterator[str]:
-    kind, activation = said.get("model_type", "gpt2"), said.get("activation_function", "gelu_new")
+def _problems(stored: dict[str, Any]) -> Iterator[str]:
+    kind, activation = stored.get("model_type", "gpt2"), stored.get("activation_function", "gelu_new")
     if kind != "gpt2":
         yield f"model_type is {kind}: only gpt2 is read"
     if activation not in TANH_GELU:
         yield f"activation_function is {activation}: this GPT has gelu_new (the tanh approximation) only"
-    wanted = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for key, value in wanted.items():
-        if bool(said.get(key, value)) is not value:
-            yield f"{key} is {said[key]}: this GPT computes attention with {key}={value} only"
-    if said.get("quantization_config"):
+    required = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for key, value in required.items():
+        if bool(stored.get(key, value)) is not value:
+            yield f"{key} is {stored[key]}: this GPT computes attention with {key}={value} only"
+    if stored.get("quantization_config"):
         yield "the weights are quantised: save them as float32 or float16 first"
 
 
 def read(file: Path, shape: Model) -> Tensors:
-    """Tensors by our names and in our layout; the word table has ``shape.vocab`` rows.
+    """Return the tensors by our names and in our layout; the word table has ``shape.vocab`` rows.
 
     Raises:
         UserError: a file is damaged or refused, or has not the parameters of a GPT-2.
     """
-    there = tensors(file)
-    wanted = dict(names(shape.layers))
-    missing = [theirs for theirs in wanted.values() if theirs not in there]
-    stray = sorted(set(there) - set(wanted.values()))
-    if missing or stray:
-        said = [f"{len(some)} {what} ({', '.join(some[:3])}...)" for what, some in _both(missing, stray) if some]
-        raise UserError(f"{file}: not a GPT-2 of {shape.layers} layers: {' and '.join(said)}")
-    return {ours: _ours(ours, there[theirs], shape.heads) for ours, theirs in wanted.items()}
+    tensors, expected = open_tensors(file), dict(names(shape.layers))
+    missing = [theirs for theirs in expected.values() if theirs not in tensors]
+    unknown = sorted(set(tensors) - set(expected.values()))
+    problems = [
+        f"{len(group)} {problem} ({', '.join(group[:3])}...)"
+        for problem, group in (("parameters are missing", missing), ("are unknown", unknown))
+        if group
+    ]
+    if problems:
+        raise UserError(f"{file}: not a GPT-2 of {shape.layers} layers: {' and '.join(problems)}")
+    return {ours: _in_our_layout(ours, tensors[theirs], shape.heads) for ours, theirs in expected.items()}
 
 
-def _both(missing: list[str], stray: list[str]) -> list[tuple[str, list[str]]]:
-    return [("parameters are missing", missing), ("are unknown", stray)]
-
-
-def _ours(name: str, tensor: Tensor, heads: int) -> Tensor:
+def _in_our_layout(name: str, tensor: Tensor, heads: int) -> Tensor:
     if ".qkv." not in name or tensor.shape[-1] % (3 * heads):
         return tensor
     return Tensor(tensor.shape, lambda: interleave_qkv(tensor.read(), heads))

@@ -32,7 +32,7 @@ from gpt.utils.files import atomic_directory, write_json
 
 
 class CachedStep(nn.Layer):  # type: ignore[misc]
-    """Incremental decoding whose cache is an argument; ``GPT.step`` writes into memory that it owns."""
+    """Incremental decoding whose cache is an argument; ``GPT.decode`` writes into memory of its own."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class CachedStep(nn.Layer):  # type: ignore[misc]
         model, m = self.model, self.model.config.model
         S, T = past_LKBSND.shape[3], tokens_BT.shape[1]
         mask_TS = paddle.arange(S + T).unsqueeze(0) <= paddle.arange(S, S + T).unsqueeze(1)
-        x_BTH = model.word(tokens_BT) + model.position(paddle.arange(S, S + T))
+        x_BTH = model.word(tokens_BT) + model.position.lookup(paddle.arange(S, S + T))
         now = []
         for i, block in enumerate(model.layers.values()):
             qkv_BTE = block.attention.qkv(block.norm1(x_BTH))
