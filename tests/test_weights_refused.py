@@ -183,7 +183,7 @@ def test_the_commands_say_it_and_leave_nothing(gpt: Callable[..., Ran], tmp_path
     for arguments, words in (
         (["task=import_weights"], "import_weights.source has no value"),
         (["task=import_weights", "import_weights.source=x", "import_weights.output=y"], "import_weights.source=x: not"),
-        (["task=export", "checkpoint=x"], "checkpoint=x: no such folder"),
+        (["task=export", "checkpoint=x", "export.output=y"], "checkpoint=x: no such folder"),
         (["checkpoint=x"], "checkpoint=x: no such folder"),
     ):
         ran = gpt(*arguments)
