@@ -56,7 +56,8 @@ def test_links_lead_to_files() -> None:
 
 def test_scripts_that_documents_name_exist() -> None:
     for document in DOCUMENTS:
-        text = re.sub(r"```diff\n.*?```", "", document.read_text(), flags=re.DOTALL)  # a recipe: test_new_task applies it
+        # A recipe's diff adds files; tests/test_new_task.py applies it.
+        text = re.sub(r"```diff\n.*?```", "", document.read_text(), flags=re.DOTALL)
         for path in re.findall(r"\b(?:scripts|gpt|tests|launchers|conf)/[\w./]+\.\w+", text):
             assert (ROOT / path).exists(), f"{document.name}: {path}"
 
