@@ -1,1 +1,1 @@
-"""How a checked job becomes processes. Nothing here imports Paddle."""
+"""Launch a checked job as processes. Nothing here imports Paddle."""

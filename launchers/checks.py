@@ -1,4 +1,4 @@
-"""What this machine has, found out without Paddle, and what it cannot run."""
+"""Check, without Paddle, whether this machine can run a job."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ INSTALL = "pip install 'paddlepaddle==3.3.1' (CPU), or a GPU wheel: https://www.
 
 
 def mkl_settings() -> dict[str, str]:
-    """What the MKL in Paddle's wheel needs on this processor.
+    """Return the environment variables that the MKL in Paddle's wheel needs on this processor.
 
-    It is from 2019 and takes its slowest path on a processor that is not Intel's, unless told which one to take:
+    It is from 2019 and takes its slowest path on a processor that is not Intel's, unless the path is set:
     3.4 times the speed of a matrix product on an AMD EPYC.
     """
     try:
@@ -33,7 +33,7 @@ def mkl_settings() -> dict[str, str]:
 
 
 def presets_up_to(ranks: int) -> list[str]:
-    """Names of fleet's options of ``parallel`` that need no more ranks than that, the largest first."""
+    """Return fleet's presets of ``parallel`` that need at most ``ranks`` ranks, the largest first."""
     sizes = {}
     for path in sorted(Path(conf_dir(), "parallel").glob("*.yaml")):
         degrees: Any = OmegaConf.load(path)
@@ -46,57 +46,52 @@ def presets_up_to(ranks: int) -> list[str]:
 
 
 def problems(config: Config, ranks: int) -> list[str]:
-    """What this machine lacks for the job.
-
-    Args:
-        config: of the job.
-        ranks: that would run here, one per device.
-    """
-    found = []
+    """Return what this machine lacks for the job."""
+    reasons = []
     package = machine.paddle_package()
     if package is None:
-        found.append(f"PaddlePaddle is not installed: {INSTALL}")
-    found += loggers.problems(config)
+        reasons.append(f"PaddlePaddle is not installed: {INSTALL}")
+    reasons += loggers.problems(config)
     device = resolve_device(config)
     if device is Device.gpu and package and package[0] != "paddlepaddle-gpu":
-        found.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")
+        reasons.append(f"cluster.device=gpu, but the installed {package[0]} computes on the CPU only: {INSTALL}")
     elif device is Device.gpu and machine.gpus() == 0:
-        found.append("cluster.device=gpu, but there is no GPU here: use cluster.device=cpu")
+        reasons.append("cluster.device=gpu, but there is no GPU here: use cluster.device=cpu")
     elif device is Device.gpu and ranks > machine.gpus():
-        found.append(
+        reasons.append(
             f"{ranks:,} ranks need a GPU each, and this host has {machine.gpus()}: of the presets of parallel, "
             f"{', '.join(presets_up_to(machine.gpus()))} fit; "
             f"cluster.device=cpu simulates all {ranks:,} ranks on the CPU"
         )
     if device is Device.cpu and config.precision.dtype is not DType.fp32:
-        found.append(
+        reasons.append(
             f"precision={config.precision.dtype.value} needs a GPU: Paddle has no {config.precision.dtype.value} "
             "matrix product on the CPU; use precision=fp32"
         )
     if device is Device.cpu and config.task.facts.trains and config.parallel.engine is EngineKind.auto:
-        found += _without_kernels(config.parallel)
-    return found
+        reasons += _without_kernels(config.parallel)
+    return reasons
 
 
 def _without_kernels(parallel: Parallel) -> list[str]:
-    """What the semi-auto engine cannot do on a CPU of Paddle 3.3: docs/parallel.md has the programs that show it."""
-    found = []
+    """Return why Paddle 3.3's semi-auto engine cannot run this on a CPU; docs/parallel.md has programs that show it."""
+    reasons = []
     if parallel.sharding_degree > 1 and parallel.sharding_stage == 3:
-        found.append(
+        reasons.append(
             "parallel.engine=auto parallel.sharding_stage=3 needs a GPU: Paddle has no all_to_all on the CPU; "
             "use parallel.sharding_stage=2, or parallel.engine=fleet"
         )
     if parallel.static and parallel.mp_degree > 1 and parallel.dp_degree * parallel.sharding_degree > 1:
-        found.append(
+        reasons.append(
             f"parallel.static=true with parallel.mp_degree={parallel.mp_degree} and "
             f"{parallel.dp_degree * parallel.sharding_degree} replicas needs a GPU: on the CPU the program of a mesh "
             "with two axes computes other losses; use parallel.static=false"
         )
-    return found
+    return reasons
 
 
 def warnings() -> list[str]:
-    """What is not wrong but was never tried."""
+    """Return a warning if the installed version of Paddle was not tested."""
     package = machine.paddle_package()
     if package and package[1] not in TESTED_PADDLE:
         return [f"{package[0]} {package[1]} was not tested with this project; {', '.join(TESTED_PADDLE)} was"]

@@ -1,4 +1,4 @@
-"""How a command ends: every ending is an exit code of the table in docs/architecture.md, said once."""
+"""Map the end of a command to an exit code of the table in docs/architecture.md, with one message."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ ERRORS = (UserError, JobFailed, OSError)
 
 
 def run(command: Callable[[], object]) -> None:
-    """Do the command, in whatever role this process has, and leave with the exit code."""
+    """Run the command in this process's role and exit with its exit code."""
     role, code = launch_env.detect(os.environ), 0
     try:
         external.run(role, command) if role.starter else command()
     except (*ERRORS, KeyboardInterrupt) as error:
         code = report_error(error)
-    except SystemExit as end:  # what it had to say is said
+    except SystemExit as end:  # its message has been printed
         code = end.code if isinstance(end.code, int) else FAILED if end.code else 0
     external.over(role, code)
     sys.exit(code)
 
 
 def report_error(error: BaseException) -> int:
-    """Tell the user, once, and return the exit code."""
+    """Print the error once and return the exit code."""
     message, code = str(error), FAILED
     if isinstance(error, UserError):
         code = BAD_INPUT

@@ -1,5 +1,5 @@
-"""Processes that an external launcher (Paddle's, srun, mpirun) has started: rank 0 does what a user's command does and
-hands the job on to the others once, then each becomes the worker of its rank.
+"""Run under an external launcher (Paddle's, srun, mpirun): rank 0 runs the user's command and sends the job to the
+others once, then each process becomes the worker of its rank.
 
 Where srun has started one task on every node for several ranks, the task stays, to supervise the ranks of its node.
 """
@@ -43,10 +43,6 @@ OVER_SECONDS = 30.0  # after a failure, for rank 0 to announce the exit code of 
 def run(role: LaunchEnvironment, command: Callable[[], object]) -> None:
     """Run this process's part of the job.
 
-    Args:
-        role: of this process.
-        command: of rank 0.
-
     Raises:
         UserError: the ranks do not reach each other, or the command is a grid.
         SystemExit: on a process other than rank 0's, with the job's exit code.
@@ -74,13 +70,13 @@ def over(role: LaunchEnvironment, code: int) -> None:
 
 
 def _ignore_sigterm(role: LaunchEnvironment) -> None:
-    """From here on only the exit code counts, not the SIGTERM of ``srun --kill-on-bad-exit`` after the first end."""
+    """Ignore the SIGTERM of ``srun --kill-on-bad-exit`` after the first end: now only the exit code counts."""
     if role.starter == launch_env.SLURM:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class JobServer:
-    """Rank 0's listener; of a process that was started alone it does nothing."""
+    """Listener of rank 0; it does nothing in a process that was started alone."""
 
     def __init__(self, role: LaunchEnvironment) -> None:
         self.role = role
@@ -92,11 +88,6 @@ class JobServer:
 
     def hand_over(self, run_dir: Path, job_file: Path, share: int) -> None:
         """Wait for all processes and send them the job.
-
-        Args:
-            run_dir: of the job.
-            job_file: in it.
-            share: ranks per process.
 
         Raises:
             UserError: some processes did not connect.
@@ -148,7 +139,7 @@ def server() -> JobServer:
 
 
 def _key(place: RankEnv) -> int:
-    """Return what identifies a job among others; short, so that it arrives in one piece."""
+    """Return the identifier of a job; short, so that it arrives in one piece."""
     return zlib.crc32(",".join(place.endpoints).encode())
 
 

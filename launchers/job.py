@@ -1,4 +1,4 @@
-"""A checked job becomes workers: one job per run directory, shown while it runs, its failure in a sentence."""
+"""Launch the workers of a checked job: one job per run directory, shown while it runs, its failure in a sentence."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ PATIENCE_SECONDS = 20.0  # for the workers of a killed driver, which save before
 
 @contextmanager
 def locked(run_dir: Path, console: Console) -> Iterator[Lock]:
-    """One job per run directory. The lock is beside it, so that the directory can be moved aside.
+    """Lock the run directory: one job at a time. The lock is beside it, so that the directory can be moved aside.
 
-    A grid has locked it before it started us, and handed the lock over.
+    A process that a grid started inherits the grid's lock.
     """
     lock = lock_of(run_dir)
     inherited = WorkerEnv.from_env(os.environ).run_lock
@@ -46,15 +46,9 @@ def locked(run_dir: Path, console: Console) -> Iterator[Lock]:
 
 
 def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
-    """Run the workers; their lines and records appear as they come.
+    """Run the workers and show their lines and records as they come.
 
     Where an external launcher has started this process for one rank, it becomes the worker and does not return.
-
-    Args:
-        job: to run.
-        file: of the job.
-        console: of the driver.
-        lock: of the run, which the workers keep.
 
     Raises:
         JobFailed: a worker ended with anything but 0.
@@ -63,7 +57,7 @@ def launch(job: Job, file: Path, console: Console, lock: Lock | None) -> None:
     terminal = tasks.spec(config.task).terminal(config)
     training, gpu = config.task.facts.trains, config.cluster.device is Device.gpu
     records = local.Tail(job.run_dir / "metrics.jsonl")
-    # One rank has nobody to wait for.
+    # A single rank waits for no other.
     watchdog = Watchdog(logs, ranks, config.cluster.hang_seconds if ranks > 1 else 0, records.path)
     heartbeat.clear(logs)
     server, sizes = external.server(), external.log_sizes(logs, ranks)

@@ -1,4 +1,4 @@
-"""Workers on this host: environment, start, watch, first failure, signals, no process left behind."""
+"""Run workers on this host: environment, start, watch, first failure, signals, no process left behind."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def environment(config: Config, ranks: int, own: WorkerEnv = DEFAULTS) -> dict[s
 
 
 class Tail:
-    """Reads what a file has grown by."""
+    """Reader of the lines that are appended to a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,7 +65,7 @@ class Tail:
         self._partial = b""
 
     def lines(self, *, final: bool = False) -> list[str]:
-        """New whole lines; with ``final`` also an unfinished last one."""
+        """Return new whole lines; with ``final`` also an unfinished last one."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.position)
@@ -112,7 +112,7 @@ class Worker:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs."""
+        """Exit code, negative for a signal; None while it runs."""
         code = self._process.poll()
         if code is not None and self.ended is None:
             self.ended = time.monotonic()
@@ -120,7 +120,7 @@ class Worker:
 
     @property
     def state(self) -> str:
-        """Linux's letter for what it does: T stopped, D waiting for a disk, R, S."""
+        """Linux's process state: T stopped, D waiting for a disk, R, S."""
         with contextlib.suppress(OSError):
             return Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         return ""
@@ -130,17 +130,17 @@ class Worker:
         return last_lines(self.log, self._begin)
 
     def last_written(self) -> float:
-        """When it last wrote a line."""
+        """Return the time of its last line."""
         return self.log.stat().st_mtime
 
     def stop(self, number: signal.Signals) -> None:
-        """Send a signal to it and to what it started."""
+        """Send a signal to it and to its child processes."""
         if self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 (os.kill if self._terminal else os.killpg)(self._process.pid, number)
 
     def wait(self, seconds: float) -> bool:
-        """Whether it has ended by then."""
+        """Wait up to ``seconds`` and return whether it has ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         return self.code is not None
@@ -166,7 +166,7 @@ def run_workers(
 
     Args:
         arguments: after ``python``.
-        places: of the ranks to start here; asked again for a second start.
+        places: of the ranks to start here; called again for a second start.
         log_dir: gets ``worker.R.log``, appended to.
         env: of every worker, to which its place is added.
         show: gets the lines of the first of them.
@@ -221,7 +221,7 @@ def _watch(
     show: Callable[[str], None],
     poll: Callable[[], Outcome | None],
 ) -> Outcome:
-    """Until all have ended well, or it is clear which one has not, or ``poll`` knows better."""
+    """Watch until all have ended with 0, one is known to have failed, or ``poll`` returns an outcome."""
     everyone: list[RankHandle] = [*workers, *others]
     while True:
         codes = [worker.code for worker in everyone]
@@ -244,7 +244,7 @@ def _watch(
 
 @dataclass
 class _Received:
-    """The first signal to the driver."""
+    """First signal that the driver received."""
 
     number: signal.Signals | None = None
     since: float = 0.0
@@ -274,19 +274,19 @@ def _stop(workers: Sequence[RankHandle], number: signal.Signals) -> None:
 
 
 def _stopped_ranks(workers: Sequence[Worker]) -> str:
-    """Which ranks cannot go on, nor write where they are: a rank may be halted where it and all others beat last."""
+    """Return a sentence on each rank that is halted and cannot write its stack, perhaps after all sent a heartbeat."""
     states = {"T": "stopped by a signal (SIGSTOP)", "t": "stopped by a debugger", "D": "waiting for a disk"}
     return "".join(f". Rank {w.rank} is {states[w.state]}" for w in workers if w.state in states)
 
 
 def _dump_stacks(workers: Sequence[Worker]) -> None:
-    """Let stuck ranks write where they are: ``gpt.worker`` answers SIGUSR1 with its stack, whatever it waits for."""
+    """Make the ranks dump their stacks: ``gpt.worker`` does so on SIGUSR1, whatever it waits for."""
     _stop(workers, signal.SIGUSR1)
     time.sleep(TRACE_SECONDS)
 
 
 def _end(workers: Sequence[RankHandle]) -> None:
-    """End what still runs: first kindly."""
+    """End the workers that still run: SIGTERM, then SIGKILL."""
     running = [worker for worker in workers if worker.code is None]
     _stop(running, signal.SIGTERM)
     deadline = time.monotonic() + END_SECONDS

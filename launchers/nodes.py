@@ -1,4 +1,4 @@
-"""Commands for hosts without a scheduler, one per host, through paddle.distributed.launch. Nothing is started."""
+"""Build commands for hosts without a scheduler, one per host, for paddle.distributed.launch. Nothing is started."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from gpt.config import cluster_rules
 from gpt.config.schema import Config
 
-ELSEWHERE = ("cluster", "dry_run")  # keys of the command that say where it runs, not what
-HERE = ("device", "threads", "hang_seconds")  # of the section cluster: what each host has to know
+ELSEWHERE = ("cluster", "dry_run")  # keys that choose where the command runs, not its task
+HERE = ("device", "threads", "hang_seconds")  # keys of the section cluster that each host needs
 
 
 def overrides(given: Iterable[str]) -> list[str]:
-    """The command's arguments as a host gets them: without what is only for who prints them.
+    """Return the command's overrides for a host, without those that concern only the printing of the commands.
 
     Example:
         >>> overrides(["cluster=nodes", "cluster.hosts=[a,b]", "+cluster.device=cpu", "seed=1"])
@@ -32,7 +32,7 @@ def overrides(given: Iterable[str]) -> list[str]:
 
 
 def commands(config: Config, given: Iterable[str], cwd: Path) -> list[tuple[str, str]]:
-    """A command for every host.
+    """Return each host and its command.
 
     Args:
         config: checked.
@@ -44,9 +44,9 @@ def commands(config: Config, given: Iterable[str], cwd: Path) -> list[tuple[str,
     script = str(main.relative_to(cwd) if main.is_relative_to(cwd) else main)
     ranks, words = cluster_rules.ranks_per_node(config), overrides(given)
     meet = ["--master", f"{cluster.hosts[0]}:{cluster.port}", "--nnodes", str(len(cluster.hosts))]
-    found = []
+    host_commands = []
     for number, host in enumerate(cluster.hosts):
         logs = f"outputs/launch/node{number}"  # it writes the environment there: one folder per host
         launch = [*meet, "--rank", str(number), "--nproc_per_node", str(ranks), "--log_dir", logs]
-        found.append((host, shlex.join(["python", "-m", "paddle.distributed.launch", *launch, script, *words])))
-    return found
+        host_commands.append((host, shlex.join(["python", "-m", "paddle.distributed.launch", *launch, script, *words])))
+    return host_commands

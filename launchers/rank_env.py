@@ -1,4 +1,4 @@
-"""A rank's place in a job, in the variables by which Paddle learns of it."""
+"""Place of a rank in a job, as the environment variables that Paddle reads."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LOCALHOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Where a rank is among all ranks and on its host.
+    """Place of a rank among all ranks and on its host.
 
-    ``endpoints`` has an address per rank, ``master`` is where the ranks meet; ``gpu`` is None on a CPU.
+    ``endpoints`` has an address per rank, ``master`` is the rendezvous address; ``gpu`` is None on a CPU.
     """
 
     rank: int
@@ -35,7 +35,7 @@ class RankEnv:
     gpu: str | None = None
 
     def variables(self) -> dict[str, str]:
-        """What Paddle reads from the environment, under its older and its newer names."""
+        """Return the environment variables that Paddle reads, under its older and its newer names."""
         rank, world, local = str(self.rank), str(len(self.endpoints)), str(self.local_rank)
         device = {"PADDLE_DISTRI_BACKEND": "gloo"} if self.gpu is None else {"FLAGS_selected_gpus": self.gpu}
         return {
@@ -55,7 +55,7 @@ class RankEnv:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on; they are held open together, so they differ."""
+    """Return ports that are free; they are held open together, so they differ."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -64,7 +64,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def here(ranks: int, *, gpu: bool) -> list[RankEnv]:
-    """Places of a job that is all here."""
+    """Return the places of a job that runs on this host alone."""
     *ports, master = free_ports(ranks + 1)
     endpoints = tuple(f"{LOCALHOST}:{port}" for port in ports)
     return [
@@ -79,11 +79,11 @@ FIRST_PORT, PORTS, PORTS_PER_JOB = 20000, 12000, 64
 
 
 def _slurm_hosts(nodes: str) -> list[str]:
-    """Addresses behind Slurm's list of nodes: a node's name need not be one that the network knows."""
+    """Return the addresses behind Slurm's list of nodes, whose names need not resolve."""
     names = _scontrol("hostnames", nodes).split()
     with contextlib.suppress(UserError):  # the controller is busy: names will do in most places
-        told = _scontrol("node", nodes, "--oneliner")
-        addresses = dict(re.findall(r"^NodeName=(\S+).*? NodeAddr=(\S+)", told, re.MULTILINE))
+        records = _scontrol("node", nodes, "--oneliner")
+        addresses = dict(re.findall(r"^NodeName=(\S+).*? NodeAddr=(\S+)", records, re.MULTILINE))
         return [addresses.get(name, name) for name in names]
     return names
 
@@ -93,8 +93,8 @@ def _scontrol(*words: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "").strip() or error
-        raise UserError(f"`{' '.join(command)}`, which tells the ranks where rank 0 is, failed: {said}") from None
+        reason = getattr(error, "stderr", "").strip() or error
+        raise UserError(f"`{' '.join(command)}`, which tells the ranks where rank 0 is, failed: {reason}") from None
 
 
 def place(
@@ -104,7 +104,7 @@ def place(
     gpu: bool = False,
     hosts: Callable[[str], list[str]] = _slurm_hosts,
 ) -> RankEnv:
-    """This process's place, in Paddle's terms, whoever started it; that of its rank, if it looks after one.
+    """Return this process's place in Paddle's terms, under any launcher; that of its rank, if it has one.
 
     Args:
         role: as detected.
@@ -113,7 +113,7 @@ def place(
         hosts: the addresses behind Slurm's list of nodes.
 
     Raises:
-        UserError: the launcher does not say where rank 0 is.
+        UserError: the launcher does not give the address of rank 0.
     """
     device = str(role.local_rank) if gpu else None
     if role.starter == PADDLE:
@@ -146,7 +146,7 @@ def place(
 
 
 def _addresses(hosts: list[tuple[str, int]], env: Mapping[str, str], job: str) -> tuple[tuple[str, ...], str]:
-    """An endpoint per process, and where they meet: ports that every rank of a job derives alike, jobs apart.
+    """Return an endpoint per process and the master's, with ports that all ranks of a job derive from its name.
 
     They are numbered over the whole job, since two of Slurm's nodes may be one host.
     """
@@ -160,14 +160,7 @@ def _numbered(hosts: list[str], first: int) -> tuple[str, ...]:
 
 
 def places(role: LaunchEnvironment, env: Mapping[str, str], ranks: int, *, gpu: bool) -> list[RankEnv]:
-    """Places of the ranks that this process looks after.
-
-    Args:
-        role: as detected.
-        env: of this process.
-        ranks: of the whole job.
-        gpu: whether the ranks compute on GPUs.
-    """
+    """Return the places of the ranks that this process supervises."""
     own, share = place(role, env, gpu=gpu), role.share(ranks)
     if share == 1:
         return [own]
@@ -187,7 +180,7 @@ def places(role: LaunchEnvironment, env: Mapping[str, str], ranks: int, *, gpu: 
 
 
 def restore_proxies(env: MutableMapping[str, str]) -> None:
-    """Undo what paddle.distributed.launch does for its own sake: without them W&B does not get through."""
+    """Restore the proxies that paddle.distributed.launch removed: W&B may need them."""
     for key in ("http_proxy", "https_proxy"):
         kept = env.get(f"{key}_original")
         if kept:
@@ -195,7 +188,7 @@ def restore_proxies(env: MutableMapping[str, str]) -> None:
 
 
 def close_to_others(env: Mapping[str, str]) -> None:
-    """Take the right to read them away from others: paddle.distributed.launch writes the environment, keys and all,
+    """Make the launcher's logs private: paddle.distributed.launch writes the environment, keys and all,
     into several files of its log folder.
     """
     folder = env.get("PADDLE_LOG_DIR")

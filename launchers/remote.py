@@ -1,4 +1,4 @@
-"""Commands for other machines than this one: submitted to Slurm, or shown as what to start there."""
+"""Submit commands to Slurm, or show the commands to start on other machines."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from launchers.sweep.display import CellOutcome
 
 
 def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Console) -> dict[str, CellOutcome]:
-    """All cells of a grid; returns what has become of each, as far as it is known.
+    """Submit or show all cells of a grid; return the outcome of each, as far as it is known.
 
     Raises:
         UserError: nothing was submitted.
     """
     if _shown(cells, folder, console, array=True):
         return {cell.name: CellOutcome("shown") for cell in cells}
-    found = prepared(cells, console)
+    datasets = prepared(cells, console)
 
     def wanted(cell: Cell) -> bool:
-        return not cell.trains or _makes_sense(cell, found[_data(cell)], console)
+        return not cell.trains or _makes_sense(cell, datasets[_data(cell)], console)
 
     began = time.monotonic()
     outcomes = slurm_runner.run(cells, folder, command, console, wanted=wanted)
@@ -42,7 +42,7 @@ def grid(cells: Sequence[Cell], folder: Folder, command: list[str], console: Con
 
 
 def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
-    """A command without ``-m``.
+    """Submit or show a command without ``-m``.
 
     Raises:
         UserError: nothing was submitted.
@@ -64,7 +64,7 @@ def single(config: Config, run_dir: Path, overrides: list[str]) -> None:
 
 
 def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bool) -> bool:
-    """Show what is not submitted from here; whether that was all."""
+    """Show scripts or commands that are not submitted from here; return False if the cells are to be submitted."""
     config = cells[0].config
     cluster = config.cluster
     if cluster.kind is ClusterKind.slurm and not config.dry_run:
@@ -73,20 +73,20 @@ def _shown(cells: Sequence[Cell], folder: Folder, console: Console, *, array: bo
         for _, _, script in slurm_runner.scripts(cells, folder, array=array):
             console.show(script)
     else:
-        found = [nodes.commands(cell.config, cell.overrides, Path.cwd()) for cell in cells]
+        by_cell = [nodes.commands(cell.config, cell.overrides, Path.cwd()) for cell in cells]
         console.note("# To be started by you, at the same time, in this folder, which all hosts share:")
         for number, host in enumerate(cluster.hosts):
             console.note(f"# {host}")
-            for commands in found:
+            for commands in by_cell:
                 console.note(commands[number][1])
     return True
 
 
 def prepared(cells: Sequence[Cell], console: Console) -> dict[str, DatasetInfo]:
-    """Tokenise what is not yet, once, before many cells do it at a time; the data of those that train, by what it is.
+    """Prepare each data set of the cells that train once, before many cells would; return them by configuration.
 
     Raises:
-        UserError: it does not do for a cell.
+        UserError: the data cannot be used by a cell.
     """
     different = {_data(cell): cell.config for cell in cells if cell.trains}
     return {data: pretrain.prepare_data(config, console) for data, config in different.items()}
@@ -97,10 +97,10 @@ def _data(cell: Cell) -> str:
 
 
 def _makes_sense(cell: Cell, data: DatasetInfo, console: Console) -> bool:
-    """Whether there is something to do in the run's folder; if it is to begin afresh, what is there goes aside now.
+    """Return whether the run has steps left; move its folder aside if it is to start afresh.
 
     Raises:
-        UserError: what is there is on other data.
+        UserError: the folder's run was trained on other data.
     """
     decision = runs.resume_decision(cell.run_dir, cell.config, data)
     if decision.aside:

@@ -1,4 +1,4 @@
-"""Batch jobs: the script that Slurm gets, what is in its queue, and what sbatch says. No job is started here."""
+"""Slurm batch jobs: write and submit the script, read the queue."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RETRIED = (1, 3)  # failed, or stopped by the guard; bad input stays bad
 STOPPED = 143  # after SIGTERM, saved
 SECONDS = 60.0  # for an answer of the controller
 
-# One task per node, which looks after its node's ranks (launchers.rank_env). The shell stays to see how they end:
+# One task per node, which supervises its node's ranks (launchers.rank_env). The shell stays to see how they end:
 # USR1 comes before the time limit (--signal), TERM with scancel, a requeue or a preemption, also to all ranks.
 BODY = """
 set -u
@@ -64,7 +64,7 @@ if [ "$code" != 0 ] && [ "$code" != {stopped} ]; then scancel --user="$(id -un)"
 
 @dataclass(frozen=True)
 class Batch:
-    """Cells that ask for the same: one job, or one array of jobs.
+    """Cells with equal resource requests: one job, or one array of jobs.
 
     Attributes:
         config: of any of them.
@@ -82,7 +82,7 @@ class Batch:
 
 
 def options(config: Config) -> list[str]:
-    """What a job asks of Slurm, as options of sbatch; jobs that share them can be one array."""
+    """Return the sbatch options of a job; jobs with equal ones can be one array."""
     cluster = config.cluster
     ranks = cluster_rules.ranks_per_node(config)
     gpus = ":".join(filter(None, ("gpu", cluster.gpu_type, str(ranks))))
@@ -104,7 +104,7 @@ def options(config: Config) -> list[str]:
 
 
 def script(batch: Batch, where: Path, cwd: Path) -> str:
-    """The batch script, whole.
+    """Return the text of the batch script.
 
     Args:
         batch: of cells.
@@ -114,10 +114,10 @@ def script(batch: Batch, where: Path, cwd: Path) -> str:
     config, cluster = batch.config, batch.config.cluster
     cpus = cluster.cpus or cluster_rules.ranks_per_node(config)
     at_a_time = f"%{cluster.max_parallel}" if cluster.max_parallel else ""
-    asked = [f"--job-name={batch.title}", *options(config), "--open-mode=append", f"--chdir={_quoted(cwd)}"]
-    asked.append(f"--output={_quoted(where.with_suffix(''))}.{'%A_%a' if batch.array else '%j'}.txt")
+    directives = [f"--job-name={batch.title}", *options(config), "--open-mode=append", f"--chdir={_quoted(cwd)}"]
+    directives.append(f"--output={_quoted(where.with_suffix(''))}.{'%A_%a' if batch.array else '%j'}.txt")
     if batch.array:
-        asked.append(f"--array=0-{len(batch.names) - 1}{at_a_time}")
+        directives.append(f"--array=0-{len(batch.names) - 1}{at_a_time}")
     retries = config.grid.retries
     body = BODY.format(
         index="$SLURM_ARRAY_TASK_ID" if batch.array else "0",
@@ -129,7 +129,7 @@ def script(batch: Batch, where: Path, cwd: Path) -> str:
         python=shlex.quote(cluster.python or sys.executable),
         retried=" || ".join(f'[ "$code" = {code} ]' for code in RETRIED),
     )
-    lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in asked)]
+    lines = ["#!/bin/bash", *(f"#SBATCH {line}" for line in directives)]
     lines += [f"# {where}: {len(batch.names)} of {batch.title}, submitted by cluster=slurm", "cells=("]
     lines += [f"  {shlex.quote(name)}" for name in batch.names]
     text = "\n".join([*lines, ")"]) + body
@@ -141,18 +141,12 @@ def script(batch: Batch, where: Path, cwd: Path) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """As #SBATCH lines want it."""
+    """Quote a path for an #SBATCH line."""
     return f'"{path}"' if " " in str(path) else str(path)
 
 
 def problems(config: Config, role: LaunchEnvironment, env: Mapping[str, str]) -> list[str]:
-    """Why this machine, or this shell, cannot submit.
-
-    Args:
-        config: of the command.
-        role: as detected; a launcher would submit once per rank.
-        env: of this process.
-    """
+    """Return why this machine, or this shell, cannot submit."""
     if role.starter:
         return [f"cluster=slurm inside a job that {role.starter} started would submit once per task: start it without"]
     if config.dry_run:
@@ -172,27 +166,27 @@ def problems(config: Config, role: LaunchEnvironment, env: Mapping[str, str]) ->
 
 
 def test(text: str) -> None:
-    """Let Slurm judge a script; nothing is submitted.
+    """Validate a script by ``sbatch --test-only``; nothing is submitted.
 
     Raises:
-        UserError: with sbatch's own words.
+        UserError: with sbatch's message.
     """
-    _said(["sbatch", "--test-only"], text)
+    _run(["sbatch", "--test-only"], text)
 
 
 def submit(batch: Batch, text: str, where: Path, run_dirs: Mapping[str, Path]) -> str:
-    """Submit what ``script`` made and ``test`` has passed; returns the job's number.
+    """Submit a script that has passed ``test``; return the job's number.
 
-    Beside the script is written which cells and runs its jobs are: the queue shows the path of a job's script, so
-    what is in it can be told from there alone, whatever was interrupted.
+    A JSON file beside the script lists the cells and runs of its jobs: the queue shows the path of a job's script, so
+    its runs can be identified from the queue alone, even after an interruption.
 
     Raises:
-        UserError: with sbatch's own words.
+        UserError: with sbatch's message.
     """
     where.parent.mkdir(parents=True, exist_ok=True)
     write_json(where.with_suffix(".json"), [{"name": name, "run_dir": str(run_dirs[name])} for name in batch.names])
     write_atomic(where, text)
-    return _said(["sbatch", "--parsable", str(where)]).split(";")[0].strip()
+    return _run(["sbatch", "--parsable", str(where)]).split(";")[0].strip()
 
 
 @dataclass(frozen=True)
@@ -215,15 +209,15 @@ class Queued:
 
 
 def queue() -> list[Queued]:
-    """Our jobs that wait or run, of whatever grid.
+    """Return the user's jobs that wait or run, of any grid.
 
     Raises:
-        UserError: Slurm does not answer; then nothing may be submitted, since it may be there already.
+        UserError: Slurm does not answer; nothing may be submitted then, since it may be queued already.
     """
-    told = _said(["squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%F|%K|%T|%R|%o"])
+    output = _run(["squeue", "-h", "-r", "-u", str(os.getuid()), "-o", "%F|%K|%T|%R|%o"])
     cells: dict[Path, list[dict[str, str]]] = {}
-    found = []
-    for line in told.splitlines():
+    jobs = []
+    for line in output.splitlines():
         job, index, state, why, command = line.split("|", 4)
         path = Path(command)
         if path not in cells:
@@ -233,21 +227,21 @@ def queue() -> list[Queued]:
             cell = cells[path][position]
             number = f"{job}_{index}" if index.isdigit() else job
             state = f"{state} {why}".strip()
-            found.append(Queued(number, state, cell["name"], Path(cell["run_dir"]), path.parent.parent))
-    return found
+            jobs.append(Queued(number, state, cell["name"], Path(cell["run_dir"]), path.parent.parent))
+    return jobs
 
 
 def _cells(path: Path) -> list[dict[str, str]]:
-    """What a script's jobs are; nothing if it is not one of ours."""
+    """Return the cells of a script's jobs; none if this project did not write it."""
     try:
-        found: Any = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        entries: Any = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) and path.parent.name == "jobs" else []
+    return entries if isinstance(entries, list) and path.parent.name == "jobs" else []
 
 
-def _said(command: list[str], text: str | None = None) -> str:
-    """What a command of Slurm's prints.
+def _run(command: list[str], text: str | None = None) -> str:
+    """Run a Slurm command and return its output.
 
     Raises:
         UserError: it fails.

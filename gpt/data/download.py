@@ -29,7 +29,7 @@ class Expected:
     sha256: str | None = None
 
     def problem(self, path: Path) -> str | None:
-        """Return what is wrong with a file, or None."""
+        """Return the problem with a file, or None."""
         size = path.stat().st_size
         if self.bytes is not None and size != self.bytes:
             return f"it has {size:,} bytes instead of {self.bytes:,}"

@@ -201,7 +201,7 @@ def read(settings: Evaluate) -> list[str]:
 
 
 def problems(settings: Evaluate) -> list[str]:
-    """Return what is wrong with the file, each a sentence; the whole file is read."""
+    """Return the problems with the file, each a sentence; the whole file is read."""
     name, count, bad = f"evaluate.path={settings.path}", 0, []
     path = Path(str(settings.path))
     if not path.is_file():
@@ -226,7 +226,7 @@ def problems(settings: Evaluate) -> list[str]:
 
 
 def _documents(settings: Evaluate) -> Iterator[tuple[int, str, str]]:
-    """Yield line (0: the whole file), text, and what is wrong with it."""
+    """Yield line (0: the whole file), text, and its problem."""
     path = Path(str(settings.path))
     ending, packing = ending_of(path)
     by_line = FORMATS.get(ending) is TextFormat.jsonl or settings.kind is EvaluateKind.cloze

@@ -101,7 +101,7 @@ def interleave(weights: list[float]) -> Array:
 
 @dataclass(frozen=True)
 class MegatronIndex:
-    """The predecessor's three tables.
+    """The predecessor's three index tables.
 
     ``documents`` is the order of documents over all epochs, ``starts`` [samples + 1, 2] the position in
     ``documents`` and the token offset at which each sample begins, ``shuffle`` the order of samples.

@@ -123,7 +123,7 @@ class General:
 
 
 class SentencePiece:
-    """A SentencePiece ``.model``; text is normalised as the model says."""
+    """A SentencePiece ``.model``; text is normalised by the model's rules."""
 
     def __init__(self, path: Path) -> None:
         try:

@@ -76,7 +76,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 def _numbers(path: Path) -> list[Any]:
-    """Return what decides the numbers of a ``tokenizer.json``."""
+    """Return the fields of a ``tokenizer.json`` that determine its token numbers."""
     whole = json.loads(path.read_text(encoding="utf-8"))
     model = whole["model"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]

@@ -18,7 +18,7 @@ SHOWN = 5  # bad prompts that a message names
 
 
 def check(config: Config, vocabulary: Path | None) -> list[str]:
-    """Return what keeps a generation from starting, each a sentence; ``vocabulary`` is the checkpoint's tokenizer."""
+    """Return the problems with a generation, each a sentence; ``vocabulary`` is the checkpoint's tokenizer."""
     settings = config.generate
     if vocabulary is None:
         return [NO_TEXT]

@@ -70,7 +70,7 @@ def log_probabilities(logits_BV: Array) -> Array:
 
 @dataclass
 class Sequence:
-    """A text in the making, with a random generator of its own: it does not depend on the other texts of the batch."""
+    """An unfinished text with its own random generator, so that it does not depend on the other texts of the batch."""
 
     prompt: int
     number: int

@@ -28,7 +28,7 @@ class CausalAttention(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, qkv_BTNE: Tensor, dropout: float) -> Tensor:
-        """Returns BTND."""
+        """Return BTND."""
         B, T, N, E = qkv_BTNE.shape
         D = E // 3
         packed = _unpack(view(qkv_BTNE.contiguous()).reshape(B, T, N, 3, D))
@@ -51,7 +51,7 @@ class CausalAttention(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad_BTND: Tensor) -> Tensor:
-        """Returns BTNE."""
+        """Return BTNE."""
         packed, blocks, inverse, scale, out = ctx.saved
         ctx.saved = None
         B, T, N, _ = out.shape
@@ -72,7 +72,7 @@ class CausalAttention(PyLayer):  # type: ignore[misc]
 
 
 def _unpack(qkv_BTN3D: Array) -> Tensor:
-    """[3, B N, T, D], the queries already divided by sqrt(D)."""
+    """Return [3, B N, T, D], the queries already divided by sqrt(D)."""
     B, T, N, _, D = qkv_BTN3D.shape
     packed = paddle.empty([3, B * N, T, D], "float32")
     to = view(packed).reshape(3, B, N, T, D)
@@ -87,7 +87,7 @@ def _unpack(qkv_BTN3D: Array) -> Tensor:
 
 
 def _pack(grads: Array, B: int, N: int) -> Tensor:
-    """The inverse of ``_unpack`` for gradients."""
+    """Invert ``_unpack`` for gradients."""
     T, D = grads.shape[2:]
     packed = paddle.empty([B, T, N, 3 * D], "float32")
     to = view(packed).reshape(B, T, N, 3, D)
@@ -103,7 +103,7 @@ def _pack(grads: Array, B: int, N: int) -> Tensor:
 
 
 def _softmax_rows(scores: Tensor, s: slice, mask: Array | None, scale: np.float32, inverse: Array) -> Tensor:
-    """Turn scores into exponentials in place; returns those that dropout keeps. ``inverse`` gets scale / sum."""
+    """Turn scores into exponentials in place; return those that dropout keeps. ``inverse`` gets scale / sum."""
     kept = scores if mask is None else paddle.empty(scores.shape, scores.dtype)
     exps, keep = view(scores), view(kept)
     future = np.triu(np.full((s.stop - s.start,) * 2, -np.inf, dtype=np.float32), 1)
@@ -123,7 +123,7 @@ def _softmax_rows(scores: Tensor, s: slice, mask: Array | None, scale: np.float3
 
 
 def _scaled_gradient(grad_BTND: Tensor, out_BTND: Tensor, inverse: Array, scale: np.float32) -> tuple[Tensor, Array]:
-    """The output's gradient over the row sums, [B N, T, D], and the row sums of gradient times output, so scaled."""
+    """Return the gradient over the row sums, [B N, T, D], and the row sums of gradient times output, so scaled."""
     B, T, N, D = out_BTND.shape
     scaled = paddle.empty([B * N, T, D], "float32")
     along = np.empty((B, N, T), dtype=np.float32)
@@ -140,7 +140,7 @@ def _scaled_gradient(grad_BTND: Tensor, out_BTND: Tensor, inverse: Array, scale:
 
 
 def _softmax_gradient(exps: Tensor, grads: Tensor, mask: Array | None, along: Array) -> Tensor:
-    """Turn gradients of kept probabilities into gradients of scores in place; returns the kept exponentials."""
+    """Turn gradients of kept probabilities into gradients of scores in place; return the kept exponentials."""
     kept = exps if mask is None else paddle.empty(exps.shape, exps.dtype)
     e, g, keep = view(exps), view(grads), view(kept)
 
@@ -174,7 +174,7 @@ class HeadLoss(PyLayer):  # type: ignore[misc]
         chunk: int,
         backward: bool,
     ) -> Tensor:
-        """Returns a scalar; rows of ``table_VH`` from ``vocab`` on are padding and take no part.
+        """Return a scalar; rows of ``table_VH`` from ``vocab`` on are padding and take no part.
 
         ``backward`` says whether gradients are wanted; in here they are always off.
         """
@@ -194,7 +194,7 @@ class HeadLoss(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """The gradients of the forward pass times the incoming scalar."""
+        """Return the gradients of the forward pass times the incoming scalar."""
         grad_x, grad_table = ctx.saved_tensor()
         factor = grad.item()
         if factor != 1.0:

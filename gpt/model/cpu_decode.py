@@ -1,4 +1,4 @@
-"""What decoding does a few rows at a time, on a CPU: see ``gpt.model.cpu_kernels``.
+"""Decoding of a few rows on a CPU: see ``gpt.model.cpu_kernels``.
 
 A single new token of a row passes a block in 1 ms or less, of which calls to Paddle would be two thirds; so between
 the matrix products this is numpy on Paddle's memory, and for a single row the products too.
@@ -24,7 +24,7 @@ MASKED = np.float32(-1e30)  # finite: a column of padding may look at nothing bu
 
 
 def attention(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, start: int, pads_B: Array) -> Tensor:
-    """``gpt.model.layers.attention_after`` on Paddle's memory."""
+    """Compute ``gpt.model.layers.attention_after`` on Paddle's memory."""
     B, T, N, E = qkv_BTNE.shape
     out = paddle.empty([B, T, N, E // 3], qkv_BTNE.dtype)
     qkv = view(qkv_BTNE.contiguous()).reshape(B, T, N, 3, E // 3)
@@ -33,7 +33,7 @@ def attention(qkv_BTNE: Tensor, keys_BNSD: Tensor, values_BNSD: Tensor, start: i
 
 
 def _attend(qkv_BTN3D: Array, keys: Array, values: Array, start: int, pads_B: Array, out_BTND: Array) -> None:
-    """Put the new keys and values into the cache, and what is seen of it into ``out_BTND``."""
+    """Put the new keys and values into the cache, and the attention over it into ``out_BTND``."""
     T, D, stop = qkv_BTN3D.shape[1], qkv_BTN3D.shape[-1], start + qkv_BTN3D.shape[1]
     qkv = qkv_BTN3D.transpose(3, 0, 2, 1, 4)
     keys[:, :, start:stop], values[:, :, start:stop] = qkv[1], qkv[2]
@@ -71,7 +71,7 @@ class FusedCpuDecoder:
         self._eps = np.float32(blocks[0].norm1.epsilon)
 
     def run(self, tokens_BT: Array, cache: Cache) -> Tensor:
-        """Hidden states BTH: what embedding and ``Block.step`` of one block after the other make of the tokens."""
+        """Return hidden states BTH of the tokens, as of the embedding and ``Block.forward_cached`` of each block."""
         B, T = tokens_BT.shape
         out = paddle.empty([B, T, self._word.shape[1]], "float32")
         x = view(out).reshape(B * T, -1)
@@ -92,7 +92,7 @@ class FusedCpuDecoder:
         return out
 
     def _norm(self, x: Array, p: dict[str, tuple[Tensor, Array]], name: str, out: Array) -> None:
-        """LayerNorm over the last axis."""
+        """Apply LayerNorm over the last axis."""
         H = np.float32(x.shape[-1])
         np.subtract(x, x.sum(-1, keepdims=True) / H, out=out)
         out *= (1 / np.sqrt(np.einsum("mh,mh->m", out, out) / H + self._eps))[:, None]

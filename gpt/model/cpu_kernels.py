@@ -1,4 +1,4 @@
-"""Forward and backward of what Paddle 3.3 is slow at on a CPU, in numpy, on Paddle's own memory.
+"""Forward and backward passes of operations that are slow in Paddle 3.3 on a CPU, in numpy, on Paddle's memory.
 
 Matrix products stay Paddle's. Between them lie passes over memory: Paddle runs most on one thread, some through
 slow paths (a bias gradient is a column sum 40 times slower than a product with ones, dropout draws 10 ns an
@@ -54,12 +54,12 @@ def over_rows(work: Callable[[int, int], None], rows: int, few: int = 0) -> None
 
 
 def tiles(first: int, last: int, rows: int = TILE_ROWS) -> list[slice]:
-    """range(first, last) in pieces of ``rows``."""
+    """Cut range(first, last) into pieces of ``rows``."""
     return [slice(i, min(i + rows, last)) for i in range(first, last, rows)]
 
 
 def sum_of_squares(tensor: Tensor) -> float:
-    """In blocks that are added up in float64; Paddle's ``dot`` of 262,144 float32 squares is off by 6e-5."""
+    """Sum in blocks that are added up in float64; Paddle's ``dot`` of 262,144 float32 squares is off by 6e-5."""
     flat = view(tensor.contiguous()).reshape(-1)
     parts = tiles(0, flat.size, FLAT_TILE)
     sums = np.empty(len(parts), dtype=np.float64)
@@ -73,13 +73,13 @@ def sum_of_squares(tensor: Tensor) -> float:
 
 
 def draw_seed() -> int:
-    """A seed from Paddle's generator: it follows ``paddle.seed``, and recompute draws the same one again."""
+    """Draw a seed from Paddle's generator: it follows ``paddle.seed``, and recompute draws the same one again."""
     high, low = paddle.randint(0, 2**31 - 1, [2], dtype="int64").numpy()
     return int(high) << 31 | int(low)
 
 
 def keep_mask(shape: list[int], p: float, *seeds: int) -> tuple[Array, np.float32]:
-    """Which elements dropout keeps, and the scale of those: a function of the arguments only, not of the threads.
+    """Return the mask of kept elements and their scale: a function of the arguments only, not of the threads.
 
     ``p`` is rounded to a multiple of 2^-16 and the scale is that of the rounded value, so the mean is exact.
     """
@@ -117,7 +117,7 @@ class Dropout(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """The same mask on the gradient."""
+        """Apply the mask to the gradient."""
         return _masked(grad, ctx.mask, ctx.scale)
 
 
@@ -135,7 +135,7 @@ def _masked(x: Tensor, mask: Array, scale: np.float32) -> Tensor:
 
 
 def product(x_MH: Tensor, weight: Tensor, *, transposed: bool = False) -> Tensor:
-    """x w or x w'. A single row is bound by reading ``weight``: numpy's BLAS is 1.5 times as fast as Paddle's."""
+    """Return x w or x w'. A single row is bound by reading ``weight``, where numpy's BLAS is 1.5 times as fast."""
     if x_MH.shape[0] > VECTOR_ROWS:
         return paddle.matmul(x_MH, weight, transpose_y=transposed)
     w = view(weight).T if transposed else view(weight)
@@ -162,7 +162,7 @@ class Linear(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The bias gradient is a product with a row of ones."""
+        """Return the gradients; the bias gradient is a product with a row of ones."""
         x, weight = ctx.saved_tensor()
         g, rows = grad.reshape([-1, weight.shape[1]]), x.reshape([-1, weight.shape[0]])
         grad_x = paddle.matmul(g, weight, transpose_y=True).reshape(x.shape)
@@ -181,7 +181,7 @@ class Gelu(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def tanh(x: Array, out: Array) -> None:
-        """The tanh of the formula."""
+        """Return the tanh of the formula."""
         np.multiply(x, x, out=out)
         out *= Gelu.CUBIC
         out += Gelu.SLOPE
@@ -190,7 +190,7 @@ class Gelu(PyLayer):  # type: ignore[misc]
 
     @staticmethod
     def in_place(x: Array) -> None:
-        """A few values, without a gradient."""
+        """Apply GELU to a few values, without a gradient."""
         tanh = np.empty_like(x)
         Gelu.tanh(x, tanh)
         tanh += np.float32(1)

@@ -45,7 +45,7 @@ class SemiAutoSchedule:
         return self.scaler.scale(loss) if self.scaler else loss
 
     def forward_backward_pipeline(self, micros: Iterator[Any], scaler: Any) -> None:
-        """Forward and backward over all micro batches; gradients of the tied table are added up over its stages."""
+        """Run forward and backward over all micro batches; sum gradients of the tied table over its stages."""
         self.scaler = scaler
         inputs, wanted = self._placed(micros)
         if not self._train._stage_initialized:  # stages tell each other shapes by a run over zeros
@@ -61,7 +61,7 @@ class SemiAutoSchedule:
                 dist.all_reduce(to_local(table.grad), group=shared["group"])
 
     def eval_batch(self, micros: Iterator[Any], compute_loss: bool) -> None:
-        """Forward over all micro batches, and their losses on the last stage."""
+        """Run forward over all micro batches, with their losses on the last stage."""
         inputs, wanted = self._placed(micros)
         stage = self._evaluate._stage
         if not self._evaluate._stage_initialized:  # its own way to do this wants a loss to differentiate
@@ -75,7 +75,7 @@ class SemiAutoSchedule:
         stage.output_chunks.clear()
 
     def _placed(self, micros: Iterator[Any]) -> tuple[list[Any], list[Any]]:
-        """Of each micro batch the arguments of this stage's layers, and what the loss wants."""
+        """Return, for each micro batch, the arguments of this stage's layers, and those of the loss."""
         inputs, wanted = [], []
         for tokens, (labels, weight) in micros:
             tokens_BT, labels_BT, weight_BT = self.placement.shard_inputs((tokens, labels, weight))

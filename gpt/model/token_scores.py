@@ -82,9 +82,9 @@ def _at(logits_MV: Tensor, at_M: Tensor) -> Tensor:
     return paddle.take_along_axis(logits_MV, at_M.unsqueeze(-1), -1).squeeze(-1)
 
 
-def _over(group: Any, value: Tensor, how: Any) -> Tensor:
+def _over(group: Any, value: Tensor, op: Any) -> Tensor:
     """Reduce a copy of ``value`` over the mp ranks."""
     if group is not None:
         value = value.clone()
-        dist.all_reduce(value, how, group=group)
+        dist.all_reduce(value, op, group=group)
     return value

@@ -73,7 +73,7 @@ class MeshPlacement:
         return tuple(api.dtensor_from_local(tensor, self.mesh, self._along(replicas=0)) for tensor in tensors)
 
     def shard_optimizer(self, inner: Any) -> Any:
-        """Wrap an optimizer so that its state is split as the sharding stage says."""
+        """Wrap an optimizer so that its state is split according to the sharding stage."""
         stages = {0: None, 1: dist.ShardingStage1, 2: dist.ShardingStage2, 3: dist.ShardingStage3}
         stage = stages[self.sharding_stage]
         return dist.shard_optimizer(inner, stage(REPLICAS, self.mesh) if stage else None)

@@ -27,7 +27,7 @@ from gpt.parallel.topology import Topology
 
 
 class ZeroShards:
-    """Frees what other ranks own; nothing at stage 1, where only the optimizer state is sharded.
+    """Frees tensors that other ranks own; none at stage 1, where only the optimizer state is sharded.
 
     Args:
         topology: of this rank.

@@ -1,1 +1,1 @@
-"""Many runs from one command: here, on Slurm, or as a search."""
+"""Run many cells from one command: on this host, on Slurm, or as a search."""

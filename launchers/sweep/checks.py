@@ -1,4 +1,4 @@
-"""What is wrong with a grid as a whole, said before anything of it is started or written."""
+"""Check a grid as a whole, before anything of it is started or written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.subdir")
 
 
 def before(overrides: Sequence[Override], master: DictConfig, console: Console) -> None:
-    """Look at the command before its cells are composed: that takes time, counting them does not.
+    """Check the command before its cells are composed: composing takes time, counting does not.
 
     Raises:
         UserError: there are no cells, or more than was meant.
@@ -58,7 +58,7 @@ def before(overrides: Sequence[Override], master: DictConfig, console: Console) 
 
 
 def _values(override: Override) -> int:
-    """How many values are swept; a range is not written out."""
+    """Return the number of swept values; a range is not expanded."""
     value = override.value()
     if isinstance(value, RangeSweep):
         assert value.start is not None
@@ -81,7 +81,7 @@ def _agree(count: int, limit: int, granted: bool, console: Console) -> None:
 
 
 def together(cells: list[Cell], outputs: Path) -> None:
-    """Look at the cells, of which each is right by itself.
+    """Check the cells, each of which is valid by itself, together.
 
     Raises:
         UserError: they cannot be one grid.
@@ -103,7 +103,7 @@ def together(cells: list[Cell], outputs: Path) -> None:
 
 
 def _unwritable(folder: Path) -> str:
-    """Why nothing can be made in a folder, '' if it can; the folder itself may not be there yet."""
+    """Return why a folder, which need not exist yet, cannot be written, or ''."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
@@ -112,11 +112,7 @@ def _unwritable(folder: Path) -> str:
 
 
 def slots(cells: list[Cell], count: int) -> None:
-    """Look at what the cells need of this host.
-
-    Args:
-        cells: of the grid.
-        count: of slots.
+    """Check that each cell fits in the slots of this host.
 
     Raises:
         UserError: a cell would wait for ever.
@@ -128,8 +124,8 @@ def slots(cells: list[Cell], count: int) -> None:
             needs.setdefault(cell.ranks, []).append(cell)
     share = "" if gpu else f", or let ranks share cores with grid.slots={max(needs, default=0)}"
     if problems := [
-        f"{some[0].label}{f' and {len(some) - 1:,} more' if len(some) > 1 else ''}: a cell of {ranks:,} ranks takes "
+        f"{group[0].label}{f' and {len(group) - 1:,} more' if len(group) > 1 else ''}: a cell of {ranks:,} ranks takes "
         f"{ranks:,} slots, and there are {count} ({'GPUs' if gpu else 'cores'}): choose a smaller parallel=...{share}"
-        for ranks, some in needs.items()
+        for ranks, group in needs.items()
     ]:
         raise UserError.of(problems)

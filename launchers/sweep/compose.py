@@ -1,4 +1,4 @@
-"""The cells of a grid, from Hydra's lists of overrides: all are composed and checked before the first starts.
+"""Compose the cells of a grid from Hydra's lists of overrides: all are checked before the first starts.
 
 Hydra takes a tenth of a second to compose a command. What it composes for the groups that a cell chooses is kept, and
 plain values are set on a copy: a hundredth.
@@ -30,12 +30,7 @@ SHOWN = 5  # cells of one problem
 
 
 class Composer:
-    """Composes the cells of one grid.
-
-    Args:
-        loader: Hydra's config loader.
-        master: the configuration of the whole grid.
-    """
+    """Composes the cells of one grid."""
 
     def __init__(self, loader: Any, master: DictConfig) -> None:
         setup_globals()
@@ -46,7 +41,7 @@ class Composer:
         self._bases: dict[tuple[str, ...], tuple[DictConfig, dict[str, Any]]] = {}
 
     def compose(self, overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
-        """The configuration without Hydra's part, and the choices.
+        """Return the configuration without Hydra's part, and the choices.
 
         Raises:
             cli.CONFIG_ERRORS: it cannot be composed.
@@ -87,12 +82,7 @@ class Composer:
 
 
 def compose(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Cell]:
-    """The cells of a grid.
-
-    Args:
-        loader: Hydra's config loader.
-        master: the configuration of the whole grid.
-        all_overrides: of every cell.
+    """Compose and check the cells of a grid.
 
     Raises:
         UserError: listing the problems of all cells.
@@ -120,12 +110,12 @@ def compose(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[st
             for problem in problems:
                 refused.setdefault(problem, []).append(label(differs))
     if refused:
-        raise UserError.of([_told(problem, where, len(all_overrides)) for problem, where in refused.items()])
+        raise UserError.of([_with_cells(problem, where, len(all_overrides)) for problem, where in refused.items()])
     return cells
 
 
-def _told(problem: str, where: list[str], count: int) -> str:
-    """A problem, and the cells that have it."""
+def _with_cells(problem: str, where: list[str], count: int) -> str:
+    """Return the problem with the cells that have it."""
     if len(where) == count or problem.startswith(where[0]):
         return problem
     if len(where) == 1:
@@ -135,23 +125,17 @@ def _told(problem: str, where: list[str], count: int) -> str:
 
 
 def cell(composer: Composer, overrides: list[str], differs: list[str], outputs: Path) -> Cell:
-    """One cell, checked.
-
-    Args:
-        composer: of the grid.
-        overrides: of the cell.
-        differs: those that tell it from the others.
-        outputs: the folder that its run is in.
+    """Compose and check one cell.
 
     Raises:
         UserError: listing its problems.
     """
     try:
-        found = _cell(*composer.compose(overrides), overrides, differs, outputs)
+        composed = _cell(*composer.compose(overrides), overrides, differs, outputs)
     except cli.CONFIG_ERRORS as error:
         raise UserError.of(cli.reasons(error, overrides)) from None
-    driver.preflight(found.config, found.run_dir)
-    return found
+    driver.preflight(composed.config, composed.run_dir)
+    return composed
 
 
 def _cell(
@@ -162,19 +146,19 @@ def _cell(
 
 
 def plans(loader: Any, master: DictConfig, all_overrides: Sequence[Sequence[str]]) -> list[Composed]:
-    """The same for a grid of plans, which shows what is possible beside what is not."""
+    """Compose a grid of plans: each cell's configuration, or its problems."""
     composer = Composer(loader, master)
-    found: list[Composed] = []
+    results: list[Composed] = []
     for overrides in map(list, all_overrides):
         try:
-            found.append((overrides, cli.resolve(*composer.compose(overrides), overrides).config))
+            results.append((overrides, cli.resolve(*composer.compose(overrides), overrides).config))
         except UserError as error:
-            found.append((overrides, error.problems))
+            results.append((overrides, error.problems))
         except cli.CONFIG_ERRORS as error:
-            found.append((overrides, [str(error).splitlines()[0]]))
-    return found
+            results.append((overrides, [str(error).splitlines()[0]]))
+    return results
 
 
 def is_plan(master: DictConfig) -> bool:
-    """Whether the grid asks for plans."""
+    """Return whether the grid is of plans."""
     return plan.is_plan(master)

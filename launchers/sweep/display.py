@@ -1,4 +1,4 @@
-"""What a grid shows: its plan, a live table, a line per cell, and a table of all at the end."""
+"""Display of a grid: its plan, a live table, a line per cell, and a table of all at the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIB = 2**30
 
 @dataclass
 class CellOutcome:
-    """What has become of a cell in this start of the grid; ``before`` is what it was at its beginning."""
+    """Outcome of a cell in this start of the grid; ``before`` is its state at the beginning."""
 
     state: str = "waiting"
     before: State = State.new
@@ -36,13 +36,13 @@ class CellOutcome:
 
     @property
     def bad(self) -> bool:
-        """Whether there is something left to do that nobody does."""
+        """Whether the cell is unfinished and no driver runs it."""
         return self.state in ("failed", "stopped", "not started", "waiting", "running")
 
 
 @dataclass(frozen=True)
 class Line:
-    """A cell that runs, its newest record, and for how many seconds it has been running."""
+    """A running cell, its newest record, and the seconds since its start."""
 
     cell: Cell
     record: dict[str, Any]
@@ -50,7 +50,7 @@ class Line:
 
 
 def plan(console: Console, folder: Folder, cells: list[Cell], outcomes: dict[str, CellOutcome], count: int) -> None:
-    """What is about to run: cells of a kind in one row."""
+    """Show the cells that are about to run, alike ones in one row."""
     states = Counter(outcomes[cell.name].before for cell in cells)
     words = ", ".join(f"{states[state]:,} {_WORDS[state]}" for state in State if states[state])
     kind = "GPUs" if derived.resolve_device(cells[0].config) is Device.gpu else f"on {machine.cores()} cores"
@@ -93,13 +93,13 @@ def _kind(cell: Cell) -> tuple[str, ...]:
 
 
 def _seconds(config: Config) -> float | None:
-    """Predicted, of a whole cell; None if the device is not known."""
-    found = step_time.cost(replace(config, device=devices.known_device(config))) if config.task.facts.trains else None
-    return found.seconds * config.trainer.max_steps if found else None
+    """Return the predicted seconds of a whole cell; None if the device is unknown."""
+    step = step_time.cost(replace(config, device=devices.known_device(config))) if config.task.facts.trains else None
+    return step.seconds * config.trainer.max_steps if step else None
 
 
 def ending(cell: Cell, outcome: CellOutcome, *, retry: bool) -> str:
-    """A line about a cell that has ended."""
+    """Return a line about a cell that has ended."""
     value = cell.value() if outcome.state in ("done", "pruned") else None
     loss = f"  val/loss {value:.4f}" if value is not None else ""
     code = f" with exit code {outcome.code}" if outcome.state == "failed" else ""
@@ -109,7 +109,7 @@ def ending(cell: Cell, outcome: CellOutcome, *, retry: bool) -> str:
 
 
 def table(lines: list[Line], foot: str, height: int) -> RenderableType:
-    """The cells that run, as many as there is room for, and a line about the others."""
+    """Return a table of the running cells, as many as fit, and a line about the others."""
     drawn = Table(box=None, expand=True, padding=(0, 1, 0, 0), header_style="dim")
     drawn.add_column("cell", no_wrap=True, overflow="ellipsis", ratio=1)
     for name in ("step", "loss", "tok/s", "time", "left"):
@@ -137,7 +137,7 @@ def _figures(line: Line) -> tuple[str, ...]:
 
 
 def tally(outcomes: Iterable[CellOutcome]) -> str:
-    """How many cells are what."""
+    """Return a sentence with the number of cells in each state."""
     states = Counter(outcome.state for outcome in outcomes)
     states["done"] += states.pop("done before", 0) + states.pop("done elsewhere", 0)
     known = ("done", "failed", "running", "waiting", "not started", "elsewhere", "stopped", "pruned")
@@ -147,7 +147,7 @@ def tally(outcomes: Iterable[CellOutcome]) -> str:
 
 
 def closing(console: Console, cells: list[Cell], outcomes: dict[str, CellOutcome], seconds: float) -> None:
-    """What is not done, and how many are; the report has the figures of all."""
+    """Show the cells that are not done, and the counts; the report has the figures of all."""
     left = [cell for cell in cells if not outcomes[cell.name].state.startswith("done")]
     rows: list[tuple[str, ...]] = []
     for cell in left[:SHOWN_CELLS]:
@@ -165,7 +165,7 @@ def closing(console: Console, cells: list[Cell], outcomes: dict[str, CellOutcome
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes, seconds.
+    """Format seconds as hours, minutes, seconds.
 
     Example:
         >>> clock(75), clock(3675)

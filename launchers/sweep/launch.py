@@ -1,4 +1,4 @@
-"""From Hydra's lists of overrides to a finished grid and its report."""
+"""Run a grid from Hydra's lists of overrides to its report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launch(
     *,
     first: bool = True,
 ) -> list[JobReturn]:
-    """Run a grid, or a batch of cells that a sweeper asks for.
+    """Run a grid, or a batch of cells of a sweeper.
 
     Args:
         loader: Hydra's config loader.
@@ -76,14 +76,14 @@ def launch(
 
 
 def close(folder: Folder, console: Console, *, show: bool = True) -> None:
-    """What a grid leaves, however it ended: its report, and what sends it to W&B."""
+    """Write a grid's report and show the commands that send it to W&B, however it ended."""
     report.after(folder.path, console, show=show)
     if later := wandb_run.commands(folder.path / "wandb"):
         console.next_commands(later)
 
 
 def label_for_wandb(cell: Cell, folder: Folder) -> Cell:
-    """Return the cell with its name in W&B, and the grid that it is of."""
+    """Return the cell with its name and its grid's name in W&B."""
     wandb = cell.config.logger.wandb
     values = {
         "logger.wandb.group": wandb.group or folder.path.name,
@@ -94,7 +94,7 @@ def label_for_wandb(cell: Cell, folder: Folder) -> Cell:
 
 
 def raise_for_failures(returns: Sequence[JobReturn]) -> None:
-    """End a grid.
+    """Raise if cells of a grid have failed.
 
     Raises:
         JobFailed: of so many cells, so many failed.
@@ -106,20 +106,20 @@ def raise_for_failures(returns: Sequence[JobReturn]) -> None:
 
 
 def _deduplicate(cells: list[Cell], console: Console) -> list[Cell]:
-    """The cells without those that are the same as an earlier one."""
-    found: dict[str, list[Cell]] = {}
+    """Return the cells without those equal to an earlier one."""
+    cells_by_name: dict[str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(cell.name, []).append(cell)
-    for same in found.values():
+        cells_by_name.setdefault(cell.name, []).append(cell)
+    for same in cells_by_name.values():
         if len(same) > 1:
             names = " and ".join(dict.fromkeys(cell.label for cell in same[:5]))
             why = "" if len({tuple(cell.overrides) for cell in same}) == 1 else ": they would compute the same"
             console.warn(f"{len(same)} cells are one run, {same[0].name}, which runs once{why} ({names})")
-    return [same[0] for same in found.values()]
+    return [same[0] for same in cells_by_name.values()]
 
 
 def _results_are_there(cell: Cell, master: DictConfig) -> None:
-    """A sweeper that chooses by results must get them."""
+    """Raise if a sweeper that chooses by results would not get them."""
     chooses = not str(master.hydra.sweeper._target_).endswith("GridSweeper")
     if chooses and not (cell.config.cluster.wait and cell.config.cluster.kind is ClusterKind.slurm):
         raise UserError.of(
@@ -128,7 +128,7 @@ def _results_are_there(cell: Cell, master: DictConfig) -> None:
 
 
 def name(arguments: list[str]) -> str:
-    """The default name of a grid: by its swept keys, and by what is fixed and changes what is computed."""
+    """Return the default name of a grid: its swept keys, and a hash of fixed overrides that change the computation."""
     parsed = OverridesParser.create().parse_overrides(arguments)
     swept = [str(each.key_or_group) for each in parsed if each.is_sweep_override()]
     fixed = [each for each in parsed if not each.is_sweep_override() and not _only_how(each.key_or_group)]
@@ -136,12 +136,12 @@ def name(arguments: list[str]) -> str:
 
 
 def _only_how(key: str) -> bool:
-    """Whether a key says how cells run or are shown, and not what they compute; the task is said as well."""
+    """Return whether a key sets only how cells run or are shown; the task is not such a key."""
     return key != "task" and any(key == known or key.startswith(f"{known}.") for known in NON_IDENTITY_KEYS)
 
 
 def _returned(cell: Cell, outcome: CellOutcome) -> JobReturn:
-    """What a sweeper is told: the validation loss, also of a pruned cell; None if the cell runs elsewhere."""
+    """Return a sweeper's result: the validation loss, also of a pruned cell; None if the cell runs elsewhere."""
     returned = JobReturn(overrides=cell.overrides, working_dir=str(cell.run_dir))
     if outcome.bad:
         returned.status = JobStatus.FAILED

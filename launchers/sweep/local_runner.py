@@ -1,4 +1,4 @@
-"""Runs a grid on this host: what is done is skipped, the rest runs side by side, and all that happens is shown."""
+"""Run a grid on this host: cells that are done are skipped, the others run side by side, with a live display."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ SHOW_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Live:
-    """A cell that runs: the newest record of its ``metrics.jsonl`` (empty before the first), and how to end it."""
+    """A running cell: the newest record of its ``metrics.jsonl`` (empty before the first), and a handle to end it."""
 
     cell: Cell
     record: dict[str, float]
     job: Running
 
     def prune(self) -> None:
-        """Let it save and end; it is not started again in this batch."""
+        """End the cell after it has saved; it is not started again in this batch."""
         self.job.prune()
 
 
 class Runner:
-    """The cells of a grid as jobs of a pool, and what is shown of them."""
+    """The cells of a grid as jobs of a pool, and their display."""
 
     def __init__(
         self, cells: list[Cell], folder: Folder, console: Console, watch: Callable[[list[Live]], None] | None
@@ -158,7 +158,7 @@ def run(
     *,
     first: bool = True,
 ) -> dict[str, CellOutcome]:
-    """Run what is left of a grid; returns what has become of each cell, by name.
+    """Run the unfinished cells of a grid; return the outcome of each cell, by name.
 
     Raises:
         UserError: a cell needs more slots than there are.

@@ -1,4 +1,4 @@
-"""Runs a search by Optuna on this host: as slots come free the study is asked what to try next."""
+"""Run a search by Optuna on this host: as slots come free the study proposes the next trials."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OF_THE_SEARCH = ("hparams=", "optuna.", "grid.", "yes=")  # what a trial alone d
 
 
 def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
-    """Try ``optuna.trials`` cells, one after the other as many side by side as the slots hold.
+    """Run ``optuna.trials`` cells, as many side by side as the slots hold.
 
     Args:
         loader: Hydra's config loader.
@@ -73,15 +73,17 @@ def search(loader: Any, master: DictConfig, arguments: list[str]) -> None:
 
 
 def _problems(base: Cell) -> list[str]:
-    found = []
+    reasons = []
     if not base.trains:
-        found.append(f"hparams=optuna searches for a low validation loss; task={base.config.task.value} has none")
+        reasons.append(f"hparams=optuna searches for a low validation loss; task={base.config.task.value} has none")
     if base.config.cluster.kind is not ClusterKind.local:
         kind = base.config.cluster.kind.value
-        found.append(f"hparams=optuna runs its trials on this host: leave out cluster={kind}, or run it in a job there")
+        reasons.append(
+            f"hparams=optuna runs its trials on this host: leave out cluster={kind}, or run it in a job there"
+        )
     if not base.config.data.split[1]:
-        found.append("hparams=optuna compares validation losses, and data.split leaves no documents for validation")
-    return found
+        reasons.append("hparams=optuna compares validation losses, and data.split leaves no documents for validation")
+    return reasons
 
 
 def _begin(console: Console, folder: Folder, trials: Study, base: Cell, space: optuna_study.Space, slots: int) -> None:
@@ -106,7 +108,7 @@ def _end(console: Console, trials: Study) -> float | None:
 
 
 class Searcher(Runner):
-    """A runner whose cells are trials: it asks for more while there is room, and tells what became of them.
+    """A runner whose cells are trials: it requests more while slots are free, and reports their results.
 
     Args:
         base: the cell of what is fixed, for the settings.
@@ -121,23 +123,23 @@ class Searcher(Runner):
         super().__init__([base], folder, console, self._watch)
         self.cells, self.outcomes = {}, {}
         self.base, self.trials, self.made = base, trials, made
-        self.numbers: dict[str, list[int]] = {}  # of the trials of a cell that is on its way
-        self._read: dict[str, int] = {}  # the step up to which the study has been told of a cell
-        self._asked = 0.0
+        self.numbers: dict[str, list[int]] = {}  # of the trials of a running cell
+        self._read: dict[str, int] = {}  # last step reported to the study, by cell
+        self._last_request = 0.0
 
     def search(self) -> None:
-        """All of it."""
+        """Run the search to its end."""
         if entries := self._more():
             self.run(entries)
 
     def poll(self, running: list[Running], waiting: list[PoolJob]) -> None:
-        """Also ask for more."""
+        """Poll, and request more trials."""
         super().poll(running, waiting)
-        if not self.stopping and not waiting and time.monotonic() - self._asked > ELSEWHERE_SECONDS:
+        if not self.stopping and not waiting and time.monotonic() - self._last_request > ELSEWHERE_SECONDS:
             self.pool.add(self._more())
 
     def ended(self, job: Running, code: int) -> bool:
-        """Also tell the study. What was stopped is unfinished: the same command goes on with it."""
+        """Report the end to the study. A stopped trial is unfinished: the same command resumes it."""
         again = super().ended(job, code)
         outcome = self.outcomes[job.entry.name]
         if not again and outcome.state != "stopped":
@@ -145,16 +147,16 @@ class Searcher(Runner):
         return again
 
     def wanted(self, entry: PoolJob) -> bool:
-        """Also tell the study what another driver has done meanwhile."""
+        """Report to the study a cell that another driver has run since."""
         if super().wanted(entry):
             return True
         self._tell(entry.name)
         return False
 
     def _more(self) -> list[PoolJob]:
-        """Trials for the room there is; those whose run is done already are told at once."""
+        """Return trials for the free slots; those whose run is done already are reported at once."""
         entries: list[PoolJob] = []
-        self._asked = time.monotonic()
+        self._last_request = time.monotonic()
         room = (self.base.config.optuna.parallel or max(1, self.count // self.base.ranks)) - len(self.numbers)
         while len(entries) < room and (proposals := optuna_study.feed(self.trials, 1, self._free)):
             if entry := self._admit(proposals[0]):
@@ -197,7 +199,7 @@ class Searcher(Runner):
                 each.prune()
 
     def _tell(self, name: str, *, pruned: bool = False) -> None:
-        cell, self._asked = self.cells[name], 0.0  # there is room again
+        cell, self._last_request = self.cells[name], 0.0  # there is room again
         value = cell.value() if cell.last_state() is State.done else None
         for number in self.numbers.pop(name):
             self.trials.finish(number, value, pruned=pruned)

@@ -1,4 +1,4 @@
-"""A search over hyper-parameters, proposed by Optuna and kept on disk: what to try next, and what is hopeless.
+"""Hyper-parameter search by Optuna, stored on disk: it proposes trials and prunes them.
 
 Trials are asked for and told one by one, so a search goes on where it was stopped, and several drivers may work on it.
 """
@@ -24,14 +24,14 @@ Space = Mapping[str, Any]  # key -> Optuna's distribution
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial: its number in the study, and what it sets."""
+    """A trial: its number in the study, and its overrides."""
 
     number: int
     overrides: tuple[str, ...]
 
 
 def optuna() -> Any:
-    """The library, quiet.
+    """Import the library with its log silenced.
 
     Raises:
         UserError: it is not installed.
@@ -46,7 +46,7 @@ def optuna() -> Any:
 
 
 def split(arguments: Iterable[str], space: Mapping[str, str], loader: Any) -> tuple[Space, list[str]]:
-    """What is searched and what is fixed.
+    """Split the arguments into searched and fixed ones.
 
     Args:
         arguments: overrides of the command; sweeps among them are searched, and win over ``space``.
@@ -91,7 +91,7 @@ def _distribution(override: Override) -> Any:
 
 
 class Study:
-    """One search. A trial is unfinished until ``finish``: a later driver is offered it again.
+    """One search. A trial is unfinished until ``finish``: a later driver gets it again.
 
     Args:
         folder: of the grid; the study's file is in it.
@@ -117,10 +117,10 @@ class Study:
             min_resource=settings.prune_from or "auto", reduction_factor=settings.reduction_factor
         )
         self._open: dict[int, Any] = {}  # trials that this driver has taken
-        self._reported: dict[int, int] = {}  # the last step that each has told
+        self._reported: dict[int, int] = {}  # last reported step by trial
 
     def _sampler(self, existing: int) -> Any:
-        """Seeded, and anew for what a later start adds: it would else propose the first trials again."""
+        """Make a sampler whose seed differs for a later start, which would else propose the first trials again."""
         seed = self._settings.seed + existing
         if self._settings.sampler is Sampler.random:
             return self._optuna.samplers.RandomSampler(seed=seed)
@@ -128,11 +128,11 @@ class Study:
         return self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
     def left(self) -> int:
-        """Trials that may still be proposed as new ones."""
+        """Return the number of trials that may still be proposed as new ones."""
         return max(0, self._settings.trials - len(self._study.get_trials(deepcopy=False)))
 
     def unfinished(self) -> list[Proposal]:
-        """Trials that an earlier or another driver began and that have no end yet."""
+        """Return the trials that an earlier or another driver began and that have not ended."""
         running = (self._optuna.trial.TrialState.RUNNING,)
         return [
             Proposal(trial.number, tuple(trial.user_attrs["overrides"]))
@@ -141,13 +141,13 @@ class Study:
         ]
 
     def take(self, proposal: Proposal) -> None:
-        """Go on with an unfinished trial."""
+        """Resume an unfinished trial."""
         stored = self._study.get_trials(deepcopy=False)[proposal.number]
         self._open[proposal.number] = self._optuna.trial.Trial(self._study, stored._trial_id)
         self._reported[proposal.number] = stored.last_step or 0
 
     def ask(self) -> Proposal:
-        """A new trial.
+        """Return a new trial.
 
         Raises:
             UserError: the space was another one when the study began.
@@ -164,7 +164,7 @@ class Study:
         return Proposal(trial.number, tuple(overrides))
 
     def report(self, number: int, records: Iterable[Mapping[str, Any]]) -> bool:
-        """Tell the validation losses so far; whether the trial is hopeless.
+        """Report the validation losses so far; return whether to prune the trial.
 
         A trial is compared with what the others had at the same step: asynchronous successive halving (Li et al.,
         A System for Massively Parallel Hyperparameter Tuning, 2018) as Optuna does it.
@@ -177,13 +177,13 @@ class Study:
         return self._settings.prune and bool(trial.should_prune())
 
     def finish(self, number: int, value: float | None, *, pruned: bool = False) -> None:
-        """Tell a trial's end: its validation loss, that it was given up, or with neither that it failed."""
+        """Report a trial's end: its validation loss, that it was pruned, or with neither that it failed."""
         states = self._optuna.trial.TrialState
         state = states.PRUNED if pruned else states.FAIL if value is None else states.COMPLETE
         self._study.tell(self._open.pop(number), None if pruned else value, state=state, skip_if_finished=True)
 
     def best(self) -> tuple[float, tuple[str, ...]] | None:
-        """The lowest validation loss of whole trials, and what that trial set."""
+        """Return the lowest validation loss of whole trials, and that trial's overrides."""
         whole = self._study.get_trials(deepcopy=False, states=(self._optuna.trial.TrialState.COMPLETE,))
         if not whole:
             return None
@@ -191,27 +191,27 @@ class Study:
         return float(trial.value), tuple(trial.user_attrs["overrides"])
 
     def counts(self) -> dict[str, int]:
-        """How many trials are whole, pruned, failed and unfinished."""
+        """Return the number of whole, pruned, failed and unfinished trials."""
         names = {"COMPLETE": "whole", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "unfinished"}
-        found = dict.fromkeys(names.values(), 0)
+        counts = dict.fromkeys(names.values(), 0)
         for trial in self._study.get_trials(deepcopy=False):
-            found[names.get(trial.state.name, "unfinished")] += 1
-        return found
+            counts[names.get(trial.state.name, "unfinished")] += 1
+        return counts
 
 
 def feed(study: Study, room: int, free: Callable[[Proposal], bool]) -> list[Proposal]:
-    """What to start next: unfinished trials that nobody works on, then new ones.
+    """Return the trials to start next: unfinished ones that no driver runs, then new ones.
 
     Args:
         study: the search.
         room: how many at most.
-        free: whether nobody works on a trial's run.
+        free: whether no driver runs the trial's run.
     """
-    found: list[Proposal] = []
+    proposals: list[Proposal] = []
     for proposal in study.unfinished():
-        if len(found) < room and free(proposal):
+        if len(proposals) < room and free(proposal):
             study.take(proposal)
-            found.append(proposal)
-    while len(found) < room and study.left():
-        found.append(study.ask())
-    return found
+            proposals.append(proposal)
+    while len(proposals) < room and study.left():
+        proposals.append(study.ask())
+    return proposals

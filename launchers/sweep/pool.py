@@ -1,4 +1,4 @@
-"""Jobs side by side on the slots of this host: a process group each, one polling loop, no threads.
+"""Run jobs side by side on the slots of this host: a process group each, one polling loop, no threads.
 
 The largest job starts first; smaller ones fill the slots that it leaves.
 """
@@ -85,7 +85,7 @@ class PoolListener(Protocol):
         """Handle a job whose lock another driver has. It is taken over if the lock is freed while the pool runs."""
 
     def poll(self, running: list[Running], waiting: list[PoolJob]) -> None:
-        """Called every round."""
+        """Handle one round of the loop."""
 
 
 class Pool:

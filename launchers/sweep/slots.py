@@ -24,7 +24,7 @@ class SlotLease:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """For the job's process to keep open: its slots stay taken if its driver is killed while it still saves."""
+        """Descriptors that the job keeps open: its slots stay taken if its driver is killed while it still saves."""
         return tuple(lock.descriptor for lock in self.locks)
 
     def release(self) -> None:

@@ -1,6 +1,6 @@
-"""Cells on a cluster with Slurm: what is done or queued is left alone, the rest is submitted, and waited for if asked.
+"""Run cells on a Slurm cluster: submit those that are neither done nor queued, and wait for them if configured.
 
-What is queued is read from the queue itself: it shows the path of a job's script, which says which runs it is. A
+Queued runs are read from the queue itself: it shows the path of a job's script, which identifies its runs. A
 command that was interrupted between submitting and noting so, a grid that shares a run with another one, or a second
 terminal cannot make a run start twice.
 """
@@ -35,7 +35,7 @@ STOPPED_BY_USER = 130
 
 @dataclass(frozen=True)
 class Submitted:
-    """What is at work on a cell: a job of ours, or one that was there already."""
+    """The job of a cell, submitted now or queued before."""
 
     cell: Cell
     number: str
@@ -43,7 +43,7 @@ class Submitted:
 
 
 def batches(cells: Sequence[Cell], folder: Folder, *, array: bool) -> list[Batch]:
-    """Cells that ask for the same together, in order."""
+    """Group cells with equal resource requests, in order."""
     alike: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         cluster = cell.config.cluster
@@ -54,14 +54,14 @@ def batches(cells: Sequence[Cell], folder: Folder, *, array: bool) -> list[Batch
 
 
 def scripts(cells: Sequence[Cell], folder: Folder, *, array: bool) -> list[tuple[Batch, Path, str]]:
-    """The scripts of a submission and the files that they will be."""
+    """Return the batches of a submission, their files and their scripts."""
     jobs = folder.path.resolve() / "jobs"
     first = 1 + max((int(path.stem) for path in jobs.glob("*.sh") if path.stem.isdigit()), default=0)
-    found = []
+    planned = []
     for number, batch in enumerate(batches(cells, folder, array=array), first):
         where = jobs / f"{number:04d}.sh"
-        found.append((batch, where, slurm.script(batch, where, Path.cwd())))
-    return found
+        planned.append((batch, where, slurm.script(batch, where, Path.cwd())))
+    return planned
 
 
 def run(
@@ -73,35 +73,35 @@ def run(
     wanted: Callable[[Cell], bool] = lambda cell: True,
     array: bool = True,
 ) -> dict[str, CellOutcome]:
-    """Submit what is left; returns what has become of each cell, by name.
+    """Submit the cells that are left; return the outcome of each cell, by name.
 
     Args:
         cells: as the command composed them.
         folder: of the grid, or of a single run's submissions.
         command: for the record.
         console: to print on.
-        wanted: asked about each cell that is to be submitted; may move aside what is in its way.
+        wanted: called for each cell that is to be submitted; may move its old run aside.
         array: one job per shape of cells, also if there is one cell.
 
     Raises:
         UserError: Slurm refuses; nothing was submitted.
-        JobFailed: who waited was interrupted; the jobs go on.
+        JobFailed: the wait was interrupted; the jobs continue.
     """
     outcomes = {cell.name: CellOutcome() for cell in cells}
     lock = Lock(Path(tempfile.gettempdir(), f"gpt-submit-{os.getuid()}.lock"))
     if not lock.acquire(patience=slurm.SECONDS):
         raise UserError("another command of yours has been submitting for a minute; try again when it is done")
     try:
-        there = {(each.run_dir, each.name): each for each in slurm.queue()}
+        queued_jobs = {(each.run_dir, each.name): each for each in slurm.queue()}
         last, left, watched = folder.last_events(), [], []
         for cell in cells:
-            queued, outcome = there.get((cell.run_dir.resolve(), cell.name)), outcomes[cell.name]
+            queued, outcome = queued_jobs.get((cell.run_dir.resolve(), cell.name)), outcomes[cell.name]
             outcome.before = State.running if queued else folder.state(cell, last.get(cell.name, {}))
             if queued:
                 watched.append(Submitted(cell, queued.number, Folder(queued.folder)))
                 console.note(f"in the queue already: {_label(cell)}: job {queued.number}, {queued.state}")
                 outcome.state = "elsewhere"
-            elif outcome.before is State.done and array:  # a single command is told how to go on
+            elif outcome.before is State.done and array:  # a single command shows how to continue
                 console.note(f"done before: {_label(cell)}")
                 outcome.state = "done before"
             elif outcome.before is State.running:
@@ -131,25 +131,25 @@ def _submit(
         slurm.test(text)
     if planned:
         folder.add([on_a_node(cell) for cell in cells], command)
-    by_name, found = {cell.name: cell for cell in cells}, []
+    by_name, submitted = {cell.name: cell for cell in cells}, []
     for batch, where, text in planned:
         number = slurm.submit(batch, text, where, {name: by_name[name].run_dir.resolve() for name in batch.names})
         nodes, ranks = cluster_rules.nodes(batch.config), cluster_rules.ranks_per_node(batch.config)
-        what = f"{len(batch.names)} cells" if array else batch.names[0]
-        console.note(f"submitted: job {number}: {what}, each {nodes} node(s) x {ranks} rank(s)")
+        label = f"{len(batch.names)} cells" if array else batch.names[0]
+        console.note(f"submitted: job {number}: {label}, each {nodes} node(s) x {ranks} rank(s)")
         for index, name in enumerate(batch.names):
             job = f"{number}_{index}" if array else number
             folder.note(name, "submitted", job=job, script=where.name)
-            found.append(Submitted(by_name[name], job, folder))
-    return found
+            submitted.append(Submitted(by_name[name], job, folder))
+    return submitted
 
 
 def on_a_node(cell: Cell) -> Cell:
-    """The cell as it is frozen: there it is a command for that host."""
-    asked = cell.config.cluster
-    here = Cluster(ClusterKind.local, asked.device, asked.threads, asked.hang_seconds)
+    """Return the cell to freeze: on the node it is a local command."""
+    cluster = cell.config.cluster
+    here = Cluster(ClusterKind.local, cluster.device, cluster.threads, cluster.hang_seconds)
     trainer = cell.config.trainer
-    if trainer.resume is Resume.never:  # what there was is aside by now; a job that is requeued goes on
+    if trainer.resume is Resume.never:  # the old run is aside by now; a requeued job resumes
         trainer = dataclasses.replace(trainer, resume=Resume.auto)
     config = dataclasses.replace(cell.config, cluster=here, trainer=trainer, dry_run=False)
     return dataclasses.replace(cell, config=config)
@@ -181,7 +181,7 @@ def _say_where(watched: Sequence[Submitted], folder: Folder, console: Console, *
 
 
 def _wait(watched: Sequence[Submitted], outcomes: dict[str, CellOutcome], console: Console) -> None:
-    """Until none of them is in the queue; a line per change of state."""
+    """Wait until none of them is in the queue; show a line per change of state."""
     left, states = list(watched), {each.number: "" for each in watched}
     try:
         for pause in _pauses():
@@ -199,8 +199,8 @@ def _wait(watched: Sequence[Submitted], outcomes: dict[str, CellOutcome], consol
             time.sleep(pause)
     except KeyboardInterrupt:
         ids = " ".join(_numbers(watched))
-        said = f"no longer waiting; the jobs go on. The same command waits again; scancel {ids} ends them"
-        raise JobFailed(said, STOPPED_BY_USER) from None
+        message = f"no longer waiting; the jobs go on. The same command waits again; scancel {ids} ends them"
+        raise JobFailed(message, STOPPED_BY_USER) from None
 
 
 def _pauses() -> Iterator[float]:
@@ -211,7 +211,7 @@ def _pauses() -> Iterator[float]:
 
 
 def _ended(each: Submitted, outcome: CellOutcome, console: Console) -> None:
-    """What has become of a job that has left the queue, as its script noted it."""
+    """Set and show the outcome of a job that has left the queue, from its script's events."""
     ours = [e for e in each.folder.events() if e["cell"] == each.cell.name and e.get("job") == each.number]
     begins = [event["time"] for event in ours if event["event"] == "started"]
     ends = [event for event in ours if event["event"] == "ended"]

@@ -18,7 +18,7 @@ LONGEST = 16 << 20  # bytes; bounds the memory of a worker. A longer JSON line i
 
 @dataclass(frozen=True)
 class Record:
-    """The bytes of a document, or why there are none. ``line`` counts from 1 (rows of a parquet file too)."""
+    """Bytes of a document, or the reason why there are none. ``line`` counts from 1 (rows of a parquet file too)."""
 
     line: int
     raw: bytes | None
@@ -207,7 +207,7 @@ def sentence_splitter(settings: Prepare) -> Callable[[str], list[str]]:
     splitter = PunktTokenizer(settings.language)
 
     def punkt(text: str) -> list[str]:
-        """Kiss and Strunk, 2006, as nltk has it; what stands between two sentences goes with the first."""
+        """Split by nltk's Punkt (Kiss and Strunk, 2006); text between two sentences goes with the first."""
         begins = [begin for begin, _ in splitter.span_tokenize(text)][1:]
         return [text[a:b] for a, b in pairwise([0, *begins, len(text)])]
 

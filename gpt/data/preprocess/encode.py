@@ -45,7 +45,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class PreprocessPlan:
-    """What all chunks have in common. ``verbatim`` keeps blank documents and NUL bytes and refuses bad records."""
+    """Settings shared by all chunks. ``verbatim`` keeps blank documents and NUL bytes and refuses bad records."""
 
     sources: list[Source]
     settings: Prepare

@@ -84,7 +84,7 @@ class _Zst(io.RawIOBase):
 
 
 def find(settings: Prepare) -> tuple[list[Source], list[str]]:
-    """Return all sources in the order in which they are read, and what is wrong with them.
+    """Return all sources in the order in which they are read, and their problems.
 
     Folders and globs are listed by name; a file that is named twice is read once.
     """
@@ -123,7 +123,7 @@ def _paths(name: str) -> list[str]:
 
 
 def ending_of(path: Path) -> tuple[str, str]:
-    """Return the ending that says the format, and the one that says the compression.
+    """Return the ending of the format, and that of the compression.
 
     Example:
         >>> ending_of(Path("a.jsonl.gz"))

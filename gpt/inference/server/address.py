@@ -14,7 +14,7 @@ PACKAGES = ("pydantic", "starlette", "uvicorn")
 
 
 def problems(settings: Serve) -> list[str]:
-    """Return what keeps a server from listening here: packages, the key, the address."""
+    """Return the problems of a server on this host: packages, the key, the address."""
     problems = []
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -47,7 +47,7 @@ def bind(settings: Serve) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # not held up by connections that just ended
         listener.bind(address)
-        listener.listen(128)  # another program could bind it too until somebody listens
+        listener.listen(128)  # until it listens, another program could bind the port too
     except OSError as error:
         listener.close()
         # The system's own words for a taken port make a launcher try the whole job again.

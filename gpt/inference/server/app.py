@@ -271,7 +271,7 @@ class ServerThread:
         self._thread.start()
 
     def close(self) -> None:
-        """Let responses reach their clients, then end."""
+        """Finish the responses under way, then stop."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # clients that do not read are cut
         self._server.should_exit = True
         self._thread.join(LEAVE_SECONDS + 2)

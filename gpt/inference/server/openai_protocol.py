@@ -76,7 +76,7 @@ def _stream_options(value: Any) -> bool:
 
 
 def _without_effect(value: Any, info: ValidationInfo) -> None:
-    """Accept the value of OpenAI's that does nothing."""
+    """Accept only OpenAI's value that has no effect."""
     if value is not None and value not in (0, {}, ""):
         raise ValueError(f"{info.field_name} is not supported: leave it out")
 
@@ -118,7 +118,7 @@ class CompletionFields(BaseModel):
 
 
 class Problems:
-    """Everything that is wrong with a request: sentences, and the fields that they name."""
+    """Problems of a request: sentences, and the fields that they name."""
 
     def __init__(self) -> None:
         self.sentences: list[str] = []

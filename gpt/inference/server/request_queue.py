@@ -41,7 +41,7 @@ class Finished:
 
 
 class UnavailableError(Exception):
-    """The request cannot be processed now; the message says why."""
+    """The request cannot be processed now; the message has the reason."""
 
 
 class FailedError(Exception):

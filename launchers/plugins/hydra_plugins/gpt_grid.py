@@ -1,4 +1,4 @@
-"""Hydra's plugins: a grid (``-m``) becomes cells and runs them (``launchers.sweep``); a single run is checked first.
+"""Hydra plugins: run a grid (``-m``) as cells (``launchers.sweep``); check a single run before it starts.
 
 Hydra takes plugins from the package ``hydra_plugins`` only, and imports all of it at every start: keep this light.
 """
@@ -20,13 +20,13 @@ from omegaconf import DictConfig
 
 
 class GridSweeper(Sweeper):
-    """All combinations, as Hydra's own sweeper makes them, which writes files and composes everything twice.
+    """Sweeper over all combinations; Hydra's own one writes files and composes everything twice.
 
-    With ``hparams=optuna`` sweeps say what is searched.
+    With ``hparams=optuna`` sweeps define the search space.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what is needed."""
+        """Store the arguments."""
         self.loader = hydra_context.config_loader
         self.master = config
         self.pool = Plugins.instance().instantiate_launcher(
@@ -53,10 +53,10 @@ class GridSweeper(Sweeper):
 
 
 class PoolLauncher(Launcher):
-    """Side by side on this host, or as one array on a cluster."""
+    """Launcher of cells, side by side on this host or as one array on a cluster."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what is needed."""
+        """Store the arguments."""
         self.loader = hydra_context.config_loader
         self.config = config
 
