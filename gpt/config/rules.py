@@ -40,10 +40,11 @@ def check(composed: DictConfig, choices: dict[str, Any]) -> tuple[Config | None,
     problems += [f"{key} has no value: give one with {key}=..." for key in missing]
     plain = OmegaConf.to_container(composed, resolve=not missing, enum_to_str=True)
     assert isinstance(plain, dict)
-    problems += unknown_keys(plain)
+    strays = unknown_keys(plain)
+    problems += strays
     if missing or any(choices.get(group) is None for group in _required_groups()):
         return None, problems
-    config = _as_composed(composed) or derived.typed(plain)
+    config = derived.typed(plain) if strays else _as_composed(composed) or derived.typed(plain)
     return config, problems + rule_problems(config)
 
 
