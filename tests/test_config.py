@@ -131,6 +131,8 @@ BAD = {
     "prompt": (["generate.prompt=''"], "generate.prompt is empty"),
     "blend": (["data=blend", "data.blend=[{path: a, weight: -1}]"], "which must be more than 0"),
     "missing": (["data=text"], "data.path has no value: give one with data.path=..."),
+    "negative": (["model.hidden=-1"], "model.hidden=-1: must be at least 1"),
+    "prime": (["model.hidden=1000000007"], "try model.heads=1"),
     "added": (["+trainer.max_step=3"], "unknown key trainer.max_step (did you mean trainer.max_steps?)"),
     "removed": (["~data"], "no option of the group data is chosen"),
 }

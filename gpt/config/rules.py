@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,7 +210,7 @@ def _optimizer(config: Config) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model = config.model
-    if model.heads >= 1 and model.hidden % model.heads:
+    if model.heads >= 1 and model.hidden >= 1 and model.hidden % model.heads:
         yield (
             f"model.hidden={model.hidden} is not divisible by model.heads={model.heads}: "
             f"try model.heads={_nearest_divisor(model.hidden, model.heads)}"
@@ -308,7 +309,9 @@ def _task(config: Config) -> Iterator[str]:
 
 
 def _nearest_divisor(of: int, near: int) -> int:
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: (abs(d - near), d))
+    """Return the divisor of ``of`` nearest to ``near``; pairs of divisors are found up to the square root."""
+    small = [d for d in range(1, math.isqrt(min(of, 10**12)) + 1) if of % d == 0]
+    return min((*small, *(of // d for d in small)), key=lambda d: (abs(d - near), d))
 
 
 # The rules of ``parallel.engine`` and ``parallel.static``; part of ``gpt.config.rules``.
