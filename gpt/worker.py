@@ -59,12 +59,12 @@ def _end_without(driver: int) -> None:
 
 def import_paddle() -> None:
     """Import it without its remark that more than one OpenMP thread harms data parallelism (it does not here)."""
-    said = io.StringIO()
-    with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(stderr):
         warnings.filterwarnings("ignore", message="No ccache found")
         import paddle
     paddle.disable_signal_handler()  # its handler for SIGTERM prints a stack and dies; ours saves
-    remarks = [line for line in said.getvalue().splitlines() if "OMP_NUM_THREADS" not in line]
+    remarks = [line for line in stderr.getvalue().splitlines() if "OMP_NUM_THREADS" not in line]
     sys.stderr.write("".join(f"{line}\n" for line in remarks))
 
 

@@ -26,22 +26,22 @@ LN2 = math.log(2)
 def problems(job: Job) -> list[str]:
     """What is wrong with the command, given the trained run, each a sentence."""
     evaluate, length = job.config.evaluate, job.config.data.seq_len
-    found = []
+    messages = []
     if evaluate.stride is not None and evaluate.stride > length:
-        found.append(
+        messages.append(
             f"evaluate.stride={evaluate.stride} is longer than the windows of data.seq_len={length} tokens: "
             f"tokens would be left out; from 1 up to {length}"
         )
     if evaluate.kind is EvaluateKind.split:
-        return found
+        return messages
     if evaluate.path:  # else said by gpt.config.rules
-        found += eval_dataset.problems(evaluate)
+        messages += eval_dataset.problems(evaluate)
     if source.vocabulary(job) is None:
-        found.append(
+        messages.append(
             f"checkpoint={job.config.checkpoint} has no tokenizer, which evaluate.kind={evaluate.kind.value} needs: "
             "train with data.tokenizer=.../tokenizer.json"
         )
-    return found
+    return messages
 
 
 def name(evaluate: Evaluate, data: str | None) -> str:
@@ -94,10 +94,10 @@ def write(run_dir: Path, key: str, record: dict[str, Any]) -> None:
 def read(run_dir: Path) -> dict[str, Any]:
     """All records by name; none from a file that is not one of this version."""
     try:
-        found: dict[str, Any] = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
+        records: dict[str, Any] = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {key: record for key, record in found.items() if isinstance(record, dict)}
+    return {key: record for key, record in records.items() if isinstance(record, dict)}
 
 
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

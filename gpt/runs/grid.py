@@ -106,8 +106,8 @@ class Cell:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
                 for line in reversed(file.read().split(b"\n")[:-1]):
                     with contextlib.suppress(ValueError):
-                        found: dict[str, Any] = json.loads(line)
-                        return found
+                        record: dict[str, Any] = json.loads(line)
+                        return record
         except OSError:
             pass
         return {}
@@ -117,11 +117,11 @@ class Cell:
         if not self.trains:
             return None
         result = run_dir.read_result(self.run_dir) or {}
-        found = result.get("val/loss")
-        if found is None:
+        loss = result.get("val/loss")
+        if loss is None:
             losses = [record["val/loss"] for record in run_dir.read_metrics(self.run_dir) if "val/loss" in record]
-            found = losses[-1] if losses else None
-        return float(found) if found is not None else None
+            loss = losses[-1] if losses else None
+        return float(loss) if loss is not None else None
 
     def save(self, file: Path) -> None:
         """Write the cell as a job without data: what is edited in ``conf/`` later does not change it."""
@@ -196,10 +196,10 @@ class Folder:
     def read(self) -> dict[str, Any]:
         """``grid.json``; empty while there is none."""
         try:
-            found: dict[str, Any] = json.loads((self.path / "grid.json").read_text(encoding="utf-8"))
+            contents: dict[str, Any] = json.loads((self.path / "grid.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {"cells": {}}
-        return found
+        return contents
 
     def note(self, cell: str, event: str, **more: Any) -> None:
         """Append an event."""

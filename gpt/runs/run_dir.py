@@ -95,8 +95,8 @@ def find_existing(name: str, folder: Path = Path("outputs")) -> str:
     ``parallel=auto``, a preset, and its degrees by hand are the same run; the preset in the name is for people.
     """
     model, digest = name.split("_", 1)[0], name.rsplit("_", 1)[1]
-    there = [path.parent.name for path in folder.glob(f"{glob.escape(model)}_*_{digest}/job.json")]
-    return there[0] if len(there) == 1 and name not in there else name
+    names = [path.parent.name for path in folder.glob(f"{glob.escape(model)}_*_{digest}/job.json")]
+    return names[0] if len(names) == 1 and name not in names else name
 
 
 COMMAND = ["python", "-m", "gpt.main"]

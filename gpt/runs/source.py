@@ -73,9 +73,11 @@ def _stored(source: Path, run_dir: Path, now: Config) -> Job:
         except Exception as error:
             raise UserError(f"{source}: not a checkpoint of this version ({type(error).__name__}: {error})") from error
     if now.checkpoint and not (source / "job.json").is_file():
-        what = "no such folder" if not source.exists() else "neither a run (job.json) nor a checkpoint (state.json)"
-        there = sorted(path.parent.as_posix() for path in Path("outputs").glob("*/job.json"))
-        raise UserError(f"checkpoint={source}: {what}" + (f"; runs here: {', '.join(there)}" if there else ""))
+        reason = "no such folder" if not source.exists() else "neither a run (job.json) nor a checkpoint (state.json)"
+        runs_here = sorted(path.parent.as_posix() for path in Path("outputs").glob("*/job.json"))
+        raise UserError(
+            f"checkpoint={source}: {reason}" + (f"; runs here: {', '.join(runs_here)}" if runs_here else "")
+        )
     stored = Job.read(source, now=now)
     if not runs.checkpoint_steps(source):
         raise UserError(f"{source}: no checkpoint yet; train first (the same command without task=)")
@@ -96,16 +98,16 @@ def start_problems(config: Config) -> list[str]:
         return []
     source = Path(config.checkpoint)
     try:
-        there = _stored(source, source, config).config.model
+        stored = _stored(source, source, config).config.model
     except UserError as error:
         return [str(error)]
-    pairs = {key: (getattr(there, key), getattr(config.model, key)) for key in (*runs.SHAPE_KEYS, "layer_norm_eps")}
+    pairs = {key: (getattr(stored, key), getattr(config.model, key)) for key in (*runs.SHAPE_KEYS, "layer_norm_eps")}
     differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     if not differing:
         return []
-    said = ", ".join(f"model.{key} is {was} there and {now} here" for key, (was, now) in differing.items())
+    differences = ", ".join(f"model.{key} is {was} there and {now} here" for key, (was, now) in differing.items())
     remedy = " ".join(f"model.{key}={was}" for key, (was, _) in differing.items())
-    return [f"checkpoint={source}: weights of another model: {said}: add {remedy}"]
+    return [f"checkpoint={source}: weights of another model: {differences}: add {remedy}"]
 
 
 def same_tokenizer(config: Config, data: DatasetInfo) -> str | None:
@@ -114,14 +116,14 @@ def same_tokenizer(config: Config, data: DatasetInfo) -> str | None:
     Raises:
         UserError: they number tokens differently.
     """
-    there = _vocabulary(Path(str(config.checkpoint)))
-    if there is None or data.tokenizer is None:
-        which = "the data" if there else "the checkpoint"
+    tokenizer = _vocabulary(Path(str(config.checkpoint)))
+    if tokenizer is None or data.tokenizer is None:
+        which = "the data" if tokenizer else "the checkpoint"
         return f"{which} has no tokenizer: whether both number tokens in the same way is not known"
-    if not tokenizer_files.same(there, Path(data.tokenizer)):
+    if not tokenizer_files.same(tokenizer, Path(data.tokenizer)):
         raise UserError(
             f"the data is in tokens of {data.tokenizer}, the weights of checkpoint={config.checkpoint} are of another "
-            f"tokenizer: prepare the text with it (task=prepare prepare.tokenizer={there}) and train on that"
+            f"tokenizer: prepare the text with it (task=prepare prepare.tokenizer={tokenizer}) and train on that"
         )
     return None
 

@@ -103,8 +103,8 @@ def about(job: Job) -> dict[str, Any]:
 
 def segments(run_dir: Path, run: str = "*") -> list[Path]:
     """The folders of a run's starts, the oldest first; of all runs in ``run_dir``, evaluations too, without an id."""
-    found = (path for path in (run_dir / "wandb").glob(f"*run-*-{run}") if path.is_dir() and not path.is_symlink())
-    return sorted(found, key=lambda path: path.name.removeprefix("offline-"))
+    folders = (path for path in (run_dir / "wandb").glob(f"*run-*-{run}") if path.is_dir() and not path.is_symlink())
+    return sorted(folders, key=lambda path: path.name.removeprefix("offline-"))
 
 
 def sent(segment: Path) -> bool:

@@ -89,16 +89,16 @@ def _require(config: Config, verdicts: list[Verdict]) -> None:
 
 def _show_search(config: Config, console: Console, overrides: list[str]) -> None:
     devices = config.plan.devices or world_size(config)
-    found = search(config, devices)
-    title = f"{_title(config)}: {len(found):,} layouts of {devices:,} devices fit"
-    if not found:
+    layouts = search(config, devices)
+    title = f"{_title(config)}: {len(layouts):,} layouts of {devices:,} devices fit"
+    if not layouts:
         verdict = check_fit(config)
         console.verdict([f"{title}: no layout does", *verdict.lines], False)
         if config.plan.require_fit:
             raise UserError.of([f"plan.require_fit: no layout of {devices:,} devices fits"])
         return
-    console.columns(title, report.SEARCH, report.search_rows(found, config.plan.top))
-    console.next_commands([(command(overrides, found[0]), "the fastest; add task=plan to look at it")])
+    console.columns(title, report.SEARCH, report.search_rows(layouts, config.plan.top))
+    console.next_commands([(command(overrides, layouts[0]), "the fastest; add task=plan to look at it")])
 
 
 def command(overrides: list[str], candidate: Candidate) -> str:
@@ -134,8 +134,8 @@ def show_grid(cells: list[tuple[list[str], Config | list[str]]], console: Consol
 
 def _best(config: Config) -> Config:
     """With the fastest layout; as it is if none fits."""
-    found = search(config, config.plan.devices or world_size(config))
-    return found[0].config if found else config
+    layouts = search(config, config.plan.devices or world_size(config))
+    return layouts[0].config if layouts else config
 
 
 def is_plan(composed: Any) -> bool:

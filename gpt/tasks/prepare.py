@@ -27,7 +27,7 @@ def run(command: Command, driver: Driver) -> float | None:
         console.note("the same command goes on with what is done")
         raise
     prefix = shlex.quote(str(config.prepare.output))
-    skipped = ", ".join(f"{count:,} {what}" for what, count in manifest["skipped"].items() if count)
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items() if count)
     rows = [(key, f"{manifest[key]:,}") for key in ("documents", "tokens", "bytes", "duplicates")]
     rows += [("bytes per token", f"{manifest['bytes_per_token']:.3f}"), ("skipped", skipped or "nothing")]
     rows.append(("files", f"{config.prepare.output}_ids.npy, _idx.npz, _tokenizer.json, _manifest.json"))

@@ -79,8 +79,8 @@ class Run:
         if column in self.result:
             value = self.result[column]
             return float(value) if isinstance(value, int | float) else None
-        there = self.columns[column][np.isfinite(self.columns[column])]
-        return float(there[-1]) if len(there) else None
+        finite = self.columns[column][np.isfinite(self.columns[column])]
+        return float(finite[-1]) if len(finite) else None
 
     def model(self) -> Config | None:
         """As much of its configuration as counting takes; None if that is not known."""
@@ -117,7 +117,7 @@ def find(folder: Path) -> RunCollection:
         folder: read only; may itself be a run.
     """
     below = sorted(_folders(folder))
-    grids, found, seen, cells = [], [], set(), set()
+    grids, runs, seen, cells = [], [], set(), set()
     for path in (path for path in below if (path / "grid.json").is_file()):
         grid = Folder(path)
         known = grid.read()
@@ -126,13 +126,13 @@ def find(folder: Path) -> RunCollection:
         for name, cell in known["cells"].items():
             run = _cell(grid, name, cell, last.get(name, {}))
             if (name, run.path.resolve()) not in cells:  # two grids may have the same
-                found.append(run)
+                runs.append(run)
             cells.add((name, run.path.resolve()))
             seen |= {run.path.resolve()} if run.training else set()
     rest = (path for path in below if (path / "job.json").is_file() and path.resolve() not in seen)
-    found.extend(_run(path, path.name) for path in rest)
-    count = Counter(run.name for run in found)
-    return RunCollection([_renamed(run, folder) if count[run.name] > 1 else run for run in found], grids)
+    runs.extend(_run(path, path.name) for path in rest)
+    count = Counter(run.name for run in runs)
+    return RunCollection([_renamed(run, folder) if count[run.name] > 1 else run for run in runs], grids)
 
 
 def has_runs(folder: Path) -> bool:
@@ -222,21 +222,21 @@ def _ended(code: int | None) -> str | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        contents = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return contents if isinstance(contents, dict) else {}
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys, without those that do not change what is computed."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         name = f"{prefix}{key}"
         if name in run_dir.NON_IDENTITY_KEYS:
             continue
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _keys(words: list[str]) -> set[str]:

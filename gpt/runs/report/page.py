@@ -38,7 +38,7 @@ def write(summary: Summary, home: Path, title: str) -> Path:
     made = time.strftime("%Y-%m-%d %H:%M %Z")
     page = Template(asset["page.html"]).substitute(
         title=_text(title),
-        kind="grid" if summary.found.grids else "runs",
+        kind="grid" if summary.collection.grids else "runs",
         generator=f"gpt {__version__}",
         style=asset["page.css"],
         body="".join(section(summary, home) for section in sections),
@@ -213,11 +213,11 @@ def _strip(group: Group, ends: tuple[float, float], luck: tuple[float, float]) -
 
 def _sizes(summary: Summary, home: Path) -> str:
     """Loss against compute."""
-    found = summary.sizes
-    if not found:
+    sizes = summary.sizes
+    if not sizes:
         return ""
     rows = []
-    for point in found.ends:
+    for point in sizes.ends:
         row = summary.rows[point.run]
         cells = [
             f"{point.parameters:,}",
@@ -241,15 +241,15 @@ def _sizes(summary: Summary, home: Path) -> str:
         "The heavy line is the frontier: the lowest loss that any run had reached with so much compute. "
         "Dots are the best end of each size."
     ]
-    if found.fit:
-        a, b = found.fit
+    if sizes.fit:
+        a, b = sizes.fit
         words.append(
             f"Dotted: a fit, loss = {a:.4g} · FLOPs^-{b:.4g}, least squares in logarithms through the last frontier "
-            f"point of each of {len(found.fitted)} sizes. It has no floor and says nothing outside of them."
+            f"point of each of {len(sizes.fitted)} sizes. It has no floor and says nothing outside of them."
         )
     else:
         words.append(
-            f"No power law is fitted: that takes three sizes on the frontier, and there are {len(found.fitted)}."
+            f"No power law is fitted: that takes three sizes on the frontier, and there are {len(sizes.fitted)}."
         )
     return _section(
         "Model size and compute",
@@ -287,7 +287,7 @@ def _failures(summary: Summary, home: Path) -> str:
 def _provenance(summary: Summary, home: Path) -> str:
     """The commands, versions and dates behind the page."""
     parts = []
-    for grid in summary.found.grids:
+    for grid in summary.collection.grids:
         name = grid.get("name") or grid["folder"].name
         line = " ".join(str(word) for word in grid.get("command") or [])
         parts.append(
@@ -309,9 +309,9 @@ def _provenance(summary: Summary, home: Path) -> str:
     facts += [("computed on", machine) for machine in sorted(machines)]
     versions: dict[str, set[str]] = {}
     for each in about:
-        for what, version in each.get("versions", {}).items():
-            versions.setdefault(str(what), set()).add(str(version))
-    facts += [(what, ", ".join(sorted(which))) for what, which in versions.items()]
+        for package, version in each.get("versions", {}).items():
+            versions.setdefault(str(package), set()).add(str(version))
+    facts += [(package, ", ".join(sorted(which))) for package, which in versions.items()]
     return _section(
         "How it was made",
         *parts,
@@ -354,12 +354,12 @@ def thinned(run: Run, points: int) -> dict[str, Any]:
     def curve(which: NDArray[np.int64], loss: Array) -> dict[str, Any] | None:
         if not np.isfinite(loss).any():
             return None
-        found: dict[str, Any] = {"step": step[which].astype(int).tolist(), "loss": [_short(y) for y in loss]}
+        data: dict[str, Any] = {"step": step[which].astype(int).tolist(), "loss": [_short(y) for y in loss]}
         if timed:
-            found["seconds"] = [_short(s) for s in seconds[which]]
+            data["seconds"] = [_short(s) for s in seconds[which]]
         if not even:
-            found["tokens"] = [_short(t) for t in np.nan_to_num(tokens[which])]
-        return found
+            data["tokens"] = [_short(t) for t in np.nan_to_num(tokens[which])]
+        return data
 
     every = kept(len(step), points)
     checked = np.flatnonzero(np.isfinite(columns["val/loss"]))
@@ -422,8 +422,8 @@ def data(summary: Summary) -> dict[str, Any]:
             "v": [numbers[name][i] for name in names],
             "parameters": row.figures["parameters"],
         }
-        there = bool(curve["train"] or curve["val"])
-        runs.append({**about, "curves": there, "flops_per_token": row.run.flops_per_token(), **curve})
+        has_curves = bool(curve["train"] or curve["val"])
+        runs.append({**about, "curves": has_curves, "flops_per_token": row.run.flops_per_token(), **curve})
     checked = [len(run["val"]["step"]) for run in runs if run["val"]]
     loss = "train" if not checked else "both" if max(checked) < 4 and len(runs) <= 12 else "val"
     return {"metric": summary.metric, "loss": loss, "keys": keys, "runs": runs, "sizes": _sizes_data(summary)}
@@ -438,19 +438,19 @@ def _values(column: list[Any]) -> tuple[list[str], bool]:
 
 
 def _sizes_data(summary: Summary) -> dict[str, Any] | None:
-    found = summary.sizes
-    if not found:
+    sizes = summary.sizes
+    if not sizes:
         return None
 
     def coordinates(points: list[Point]) -> list[list[float]]:
         return [[float(f"{p.flops:.5g}"), float(f"{p.loss:.5g}"), p.parameters] for p in points]
 
-    every = kept(len(found.frontier), MOST)
-    frontier = coordinates([found.frontier[i] for i in every])
+    every = kept(len(sizes.frontier), MOST)
+    frontier = coordinates([sizes.frontier[i] for i in every])
     return {
-        "sizes": found.sizes,
-        "fit": found.fit,
+        "sizes": sizes.sizes,
+        "fit": sizes.fit,
         "frontier": frontier,
-        "ends": coordinates(found.ends),
-        "fitted": coordinates(found.fitted),
+        "ends": coordinates(sizes.ends),
+        "fitted": coordinates(sizes.fitted),
     }

@@ -25,9 +25,9 @@ def check(config: Config) -> list[str]:
     elif not collect.has_runs(folder):
         problems.append(f"report.path={folder}: no run in it or below (no job.json), and no grid (grid.json)")
     if home != folder or folder.is_dir():
-        there = next(path for path in (home, *home.absolute().parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            problems.append(f"report.output={home}: {there} is not a folder that can be written to; choose another")
+        parent = next(path for path in (home, *home.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            problems.append(f"report.output={home}: {parent} is not a folder that can be written to; choose another")
     return problems
 
 
@@ -55,51 +55,51 @@ def after(folder: Path, console: Console, *, show: bool = True) -> None:
     if not (folder / "grid.json").is_file():
         return
     try:
-        found = write(folder, folder)
+        results = write(folder, folder)
         if show:
-            sum_up(found, folder, console)
+            sum_up(results, folder, console)
     except Exception as error:
         console.warn(f"no report ({type(error).__name__}: {error}); task=report report.path={folder} makes it")
 
 
 def write(folder: Path, home: Path) -> Summary:
     """Write the tables and the page about ``folder`` into ``home``, which is made if it is not there."""
-    found = summary.summarise(collect.find(folder))
+    results = summary.summarise(collect.find(folder))
     home.mkdir(parents=True, exist_ok=True)
-    summary.write(found, home)
-    page.write(found, home, folder.resolve().name)
-    return found
+    summary.write(results, home)
+    page.write(results, home, folder.resolve().name)
+    return results
 
 
-def show(found: Summary, home: Path, console: Console) -> None:
+def show(results: Summary, home: Path, console: Console) -> None:
     """Print the best runs and ``sum_up``."""
-    figures = [name for name in summary.figures_of(found) if name not in ("step", "flops")]
-    header = ("state", *found.keys, *figures)
+    figures = [name for name in summary.figures_of(results) if name not in ("step", "flops")]
+    header = ("state", *results.keys, *figures)
     rows = [
         (
             row.run.state,
-            *(summary.brief(row.keys[key]) for key in found.keys),
+            *(summary.brief(row.keys[key]) for key in results.keys),
             *(summary.shown(name, row.figures[name]) for name in figures),
         )
-        for row in found.rows
+        for row in results.rows
     ]
-    console.columns(f"{len(rows)} runs, the lowest {found.metric} first", header, rows[:SHOWN_ROWS])
+    console.columns(f"{len(rows)} runs, the lowest {results.metric} first", header, rows[:SHOWN_ROWS])
     if len(rows) > SHOWN_ROWS:
         console.note(f"and {len(rows) - SHOWN_ROWS} more in {home / 'summary.csv'}")
-    sum_up(found, home, console)
+    sum_up(results, home, console)
 
 
-def sum_up(found: Summary, home: Path, console: Console) -> None:
+def sum_up(results: Summary, home: Path, console: Console) -> None:
     """Print the groups over seeds, what can be believed, where the files are, and what to do next."""
-    groups = [group for group in found.groups if group.n]
-    if found.spread and groups:
-        keys = [key for key in found.keys if key != "seed"]
+    groups = [group for group in results.groups if group.n]
+    if results.spread and groups:
+        keys = [key for key in results.keys if key != "seed"]
         console.columns(
             "over seeds",
-            (*keys, "seeds", f"mean {found.metric}", "sd", "verdict"),
+            (*keys, "seeds", f"mean {results.metric}", "sd", "verdict"),
             [
                 (
-                    *(summary.brief(found.rows[group.runs[0]].keys[key]) for key in keys),
+                    *(summary.brief(results.rows[group.runs[0]].keys[key]) for key in keys),
                     str(group.n),
                     f"{group.mean:.4f}",
                     "" if group.sd is None else f"{group.sd:.4f}",
@@ -108,10 +108,10 @@ def sum_up(found: Summary, home: Path, console: Console) -> None:
                 for group in groups[:SHOWN_GROUPS]
             ],
         )
-    for line in summary.verdict(found):
+    for line in summary.verdict(results):
         console.note(line)
     console.note(f"written: {home / FILES[0]}, {FILES[1]}, {FILES[2]}")
-    best = None if found.best is None else found.rows[found.best].run
+    best = None if results.best is None else results.rows[results.best].run
     if best and best.state == "done" and (line := summary.command(best)):
         console.next_commands([(line, "the best of the best configuration; trainer.resume=never starts it afresh")])
 

@@ -44,7 +44,7 @@ class Summary:
     """What there is to say of many runs.
 
     Attributes:
-        found: where it is from.
+        collection: where it is from.
         metric: the loss that is compared: of the validation, or of the training if nothing was ever validated.
         keys: that differ.
         rows: the best first.
@@ -54,7 +54,7 @@ class Summary:
         sizes: None unless models differ in size.
     """
 
-    found: RunCollection
+    collection: RunCollection
     metric: str
     keys: list[str]
     rows: list[Row]
@@ -64,17 +64,17 @@ class Summary:
     sizes: Sizes | None
 
 
-def summarise(found: RunCollection) -> Summary:
+def summarise(collection: RunCollection) -> Summary:
     """Everything but the curves."""
-    validated = any(np.isfinite(run.columns["val/loss"]).any() or run.result.get("val/loss") for run in found.runs)
+    validated = any(np.isfinite(run.columns["val/loss"]).any() or run.result.get("val/loss") for run in collection.runs)
     metric = "val/loss" if validated else "train/loss"
-    keys = differing(found.runs)
-    rows = [Row(run, {key: run.config.get(key) for key in keys}, _figures(run)) for run in found.runs]
+    keys = differing(collection.runs)
+    rows = [Row(run, {key: run.config.get(key) for key in keys}, _figures(run)) for run in collection.runs]
     rows.sort(key=lambda row: _order(row, metric))
     groups = _groups(rows, metric)
     spread = statistics.compare_seeds(groups)
     best = groups[0].counted[groups[0].values.index(min(groups[0].values))] if groups and groups[0].n else None
-    return Summary(found, metric, keys, rows, groups, spread, best, sizes([row.run for row in rows], metric))
+    return Summary(collection, metric, keys, rows, groups, spread, best, sizes([row.run for row in rows], metric))
 
 
 def _order(row: Row, metric: str) -> tuple[Any, ...]:
@@ -209,8 +209,8 @@ def shown(name: str, value: float | None) -> str:
 
 def figures_of(summary: Summary) -> list[str]:
     """The columns that have a figure, the compared one first."""
-    there = [name for name in FIGURES if any(row.figures[name] is not None for row in summary.rows)]
-    return sorted(there, key=lambda name: (name != summary.metric, name != "train/loss", FIGURES.index(name)))
+    figures = [name for name in FIGURES if any(row.figures[name] is not None for row in summary.rows)]
+    return sorted(figures, key=lambda name: (name != summary.metric, name != "train/loss", FIGURES.index(name)))
 
 
 def verdict(summary: Summary) -> list[str]:
@@ -360,8 +360,8 @@ def _points(run: Run, number: int, metric: str) -> list[Point]:
     if size is None or cost is None:
         return []
     tokens, loss = run.columns["tokens"], run.columns[metric]
-    there = np.isfinite(tokens) & np.isfinite(loss) & (tokens > 0)
-    return [Point(cost * t, y, size, number) for t, y in zip(tokens[there].tolist(), loss[there].tolist(), strict=True)]
+    valid = np.isfinite(tokens) & np.isfinite(loss) & (tokens > 0)
+    return [Point(cost * t, y, size, number) for t, y in zip(tokens[valid].tolist(), loss[valid].tolist(), strict=True)]
 
 
 def _power_law(points: list[Point]) -> tuple[float, float] | None:

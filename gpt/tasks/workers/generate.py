@@ -50,13 +50,13 @@ def _write(job: Job, writer: Generator, topology: Topology, terminal: Terminal |
         live.show(f"--- sample (step {writer.step:,}) ---\n{prompts[0]}")
     on_piece, first = _Shown(live), 0
     with _Results(job, writer.step, topology) as results:
-        for found in in_batches(
+        for completions in in_batches(
             writer, topology, prompts, sampling, settings.batch_size, on_piece, lambda: not signals.received
         ):
             if live:
                 live.show("\n")
-            results.take(prompts[first : first + len(found)], found, first, show=live is None)
-            first += len(found)
+            results.take(prompts[first : first + len(completions)], completions, first, show=live is None)
+            first += len(completions)
 
 
 def in_batches(
@@ -72,8 +72,8 @@ def in_batches(
     for first in range(0, len(prompts), size * topology.replicas):
         if not keep_going():
             return
-        some = prompts[first : first + size * topology.replicas]
-        mine = [writer.encode(prompt) for prompt in some[topology.replica :: topology.replicas]]
+        batch = prompts[first : first + size * topology.replicas]
+        mine = [writer.encode(prompt) for prompt in batch[topology.replica :: topology.replicas]]
         yield _gathered(topology, writer.write(mine, sampling, on_piece, keep_going) if mine else [])
 
 
@@ -81,10 +81,10 @@ def _gathered(topology: Topology, mine: list[list[Completion]]) -> list[list[Com
     """What all replicas have written, in the order of their prompts."""
     if topology.replicas == 1:
         return mine
-    said: list[Any] = []
-    dist.all_gather_object(said, (topology.replica, mine))
-    by_replica = dict(said)
-    count = sum(len(found) for found in by_replica.values())
+    gathered: list[Any] = []
+    dist.all_gather_object(gathered, (topology.replica, mine))
+    by_replica = dict(gathered)
+    count = sum(len(texts) for texts in by_replica.values())
     return [by_replica[i % topology.replicas][i // topology.replicas] for i in range(count)]
 
 
@@ -104,11 +104,11 @@ class _Results:
     def __enter__(self) -> _Results:
         return self
 
-    def take(self, prompts: list[str], found: list[list[Completion]], first: int, *, show: bool) -> None:
+    def take(self, prompts: list[str], completions: list[list[Completion]], first: int, *, show: bool) -> None:
         """Texts of some prompts, of which the first has number ``first``."""
         if not self._here:
             return
-        rows = list(_rows(prompts, found, self._step))
+        rows = list(_rows(prompts, completions, self._step))
         record(self._job.run_dir / "samples.jsonl", rows)
         if self._part:
             record(self._part, [{"number": first + i, **row} for i, row in enumerate(rows)])
@@ -122,9 +122,9 @@ class _Results:
             say(f"written: {self._final}")
 
 
-def _rows(prompts: list[str], found: list[list[Completion]], step: int) -> Iterator[dict[str, Any]]:
-    for prompt, completions in zip(prompts, found, strict=True):
-        for text in completions:
+def _rows(prompts: list[str], completions: list[list[Completion]], step: int) -> Iterator[dict[str, Any]]:
+    for prompt, texts in zip(prompts, completions, strict=True):
+        for text in texts:
             about = {"tokens": len(text.tokens), "finish": text.finish, "logprob": sum(text.logprobs)}
             yield {"step": step, "prompt": prompt, "text": text.text, **about}
 

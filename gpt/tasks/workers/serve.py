@@ -92,9 +92,9 @@ class Loop:
         for turn in itertools.count(1):
             order = self._next(self._desk) if self._desk else None
             over = self._signals.exit_code if self._signals.received and order is None else 0
-            said: tuple[GenerationRequest | None, int] = (order.wish if order else None, over)
-            said = pipeline_comm.broadcast_object(self._topology, said)
-            wish, code = said
+            message: tuple[GenerationRequest | None, int] = (order.wish if order else None, over)
+            message = pipeline_comm.broadcast_object(self._topology, message)
+            wish, code = message
             heartbeat.beat(turn, "answer" if wish else "idle")
             if code:
                 return code
